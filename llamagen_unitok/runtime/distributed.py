@@ -1,0 +1,102 @@
+"""Processes: the same code with one process or many.
+
+Started by ``torchrun`` the group is made from its environment (nccl on CUDA, gloo on a CPU); started plainly, rank is
+0, the world is 1 and every reduction is the identity.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is. `device` is where its model and batches live."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True for the one process that prints and writes."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of `value` over all processes, on each of them."""
+        if self.size > 1:
+            value = value.detach().clone()
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Overwrite `tensor` with the main process's, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+
+    def any(self, flag: bool) -> bool:
+        """True on every process as soon as it is true on one."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """`module` with averaged gradients. Its forward must give the loss: only forward averages."""
+        if self.size == 1:
+            return module
+        return nn.parallel.DistributedDataParallel(
+            module, device_ids=[self.device.index] if self.device.type == "cuda" else None
+        )
+
+    def share(self, global_batch: int) -> int:
+        """This process's part of a global batch. ValueError if it does not divide."""
+        if global_batch % self.size:
+            raise ValueError(f"--batch-size {global_batch} does not divide into {self.size} processes")
+        return global_batch // self.size
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """"auto" is this process's CUDA device if there is one, else the CPU. ValueError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name} is not a device: use auto, cpu or cuda") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda, but this machine has no CUDA device: use --device cpu")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def processes(device: str = "auto") -> Iterator[World]:
+    """Join the process group that ``torchrun`` describes, if any, and leave it at the end."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    chosen = pick_device(device)
+    if size == 1:
+        yield World(rank=0, size=1, device=chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield World(rank=dist.get_rank(), size=size, device=chosen)
+    finally:
+        dist.destroy_process_group()

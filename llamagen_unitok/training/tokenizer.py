@@ -1,0 +1,117 @@
+"""Training a tokenizer: images → codes → images (UniTok, section 3; loss weights of the published recipe)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llamagen_unitok.runtime.distributed import World
+from llamagen_unitok.training.images import TrainingPictures, picture_batches
+from llamagen_unitok.training.loop import LoopConfig, train
+from llamagen_unitok.training.losses import weighted_sum
+from tokenizer import UniTok, UniTokConfig
+from tokenizer.images import psnr
+
+
+@dataclass(frozen=True)
+class TokenizerTraining:
+    """Settings of a tokenizer run beside the loop's."""
+
+    images: Path = field(metadata={"help": "folder with one subfolder of pictures for each class"})
+    crop_scale: float = field(default=1.0, metadata={"help": "smallest area of random crops, 0 to 1; 1 = centre crop"})
+    flip: bool = field(default=False, metadata={"help": "mirror half of the pictures"})
+    l1: float = field(default=0.2, metadata={"help": "weight of the mean absolute error"})
+    l2: float = field(default=1.0, metadata={"help": "weight of the mean squared error"})
+    vq: float = field(default=1.0, metadata={"help": "weight of the codebook and commitment terms"})
+    restart_every: int = field(
+        default=0, metadata={"help": "steps between moves of unused codebook entries onto features; 0 = never"}
+    )
+    restart_until: float = field(default=0.5, metadata={"help": "share of the run, 0 to 1, after which moves stop"})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop_scale <= 1:
+            raise ValueError(f"--crop-scale must lie in (0, 1], not {self.crop_scale}")
+
+
+class TokenizerObjective(nn.Module):
+    """forward(images (B, 3, H, W)) → (loss, terms to log)."""
+
+    def __init__(self, tokenizer: UniTok, settings: TokenizerTraining, loop: LoopConfig):
+        super().__init__()
+        self.tokenizer = tokenizer.to(memory_format=torch.channels_last)
+        self.weights = {"l1": settings.l1, "l2": settings.l2, "vq": settings.vq}
+        self.restart_every = settings.restart_every
+        self.last_restart = int(settings.restart_until * loop.steps)
+        self.seed = loop.seed
+        self._latents: Tensor | None = None
+
+    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        images = images.contiguous(memory_format=torch.channels_last)
+        result = self.tokenizer(images)
+        self._latents = result.latents.detach()
+        loss, terms = weighted_sum(self.weights, result, images)
+        with torch.no_grad():
+            decibels = psnr(result.images.clamp(-1, 1), images).mean()
+            usage = self.tokenizer.quantizer.usage().mean()
+        return loss, {"loss": loss, **terms, "psnr": decibels, "usage": usage}
+
+    @torch.no_grad()
+    def after_step(self, step: int, world: World) -> None:
+        """Move unused codebook entries, alike on every process."""
+        done = step + 1
+        if not self.restart_every or done % self.restart_every or done > self.last_restart:
+            return
+        quantizer = self.tokenizer.quantizer
+        generator = torch.Generator().manual_seed(self.seed * 0x9E3779B1 + step)
+        quantizer.restart_unused(self._latents, generator)
+        for tensor in quantizer.state_dict().values():
+            world.broadcast(tensor)
+
+
+def train_tokenizer(
+    config: UniTokConfig, settings: TokenizerTraining, loop: LoopConfig, *, out: Path, resume: str, world: World
+) -> Path:
+    """Train a tokenizer and leave it as a model folder; returns ``OUT/tokenizer``, rewritten at every checkpoint."""
+    torch.manual_seed(loop.seed)
+    tokenizer = UniTok(config)
+    tokenizer.init_weights()
+    pictures = TrainingPictures(
+        settings.images, config.img_size, crop_scale=settings.crop_scale, flip=settings.flip, seed=loop.seed
+    )
+
+    def batches(first_step: int):
+        return picture_batches(
+            pictures,
+            global_batch=loop.batch_size,
+            first_step=first_step,
+            steps=loop.steps,
+            seed=loop.seed,
+            workers=loop.workers,
+            world=world,
+        )
+
+    def pass_on(state: dict[str, Tensor]) -> None:
+        passed = UniTok(config)
+        passed.load_state_dict({name.removeprefix("tokenizer."): tensor for name, tensor in state.items()})
+        passed.save_pretrained(out / "tokenizer")
+
+    meta = {
+        "model": dataclasses.asdict(config),
+        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "images"},
+        "pictures": len(pictures),
+    }
+    train(
+        TokenizerObjective(tokenizer, settings, loop),
+        batches,
+        loop,
+        out=out,
+        resume=resume,
+        world=world,
+        meta=meta,
+        on_save=pass_on,
+    )
+    return out / "tokenizer"

@@ -1,0 +1,207 @@
+"""Reading and writing models as folders of config.json and safetensors, from disk or from the Hugging Face hub.
+
+The tokenizer and the generator both inherit from :class:`ModelFolder`; neither knows the other. A *bundle* holds
+them side by side as ``tokenizer/`` and ``generator/``; either can also live in a folder of its own.
+Nothing here ever unpickles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+
+class ModelFolderError(ValueError):
+    """A model folder is missing, incomplete, damaged or of another architecture than it says."""
+
+
+def locate(path_or_hub_id: str | Path) -> Path:
+    """Return the local folder of a bundle or model, downloading it from the hub when it is not a folder here.
+
+    Raises ModelFolderError, in one line, when there is neither such a folder nor such a hub repository in reach.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    looks_local = path.exists() or path.is_absolute() or str(path_or_hub_id).startswith((".", "~"))
+    if looks_local or str(path_or_hub_id).count("/") != 1:
+        raise ModelFolderError(f"no model folder at {path}: give a folder that holds {CONFIG_NAME}, or a hub id user/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                str(path_or_hub_id), allow_patterns=["*.json", "*.safetensors", "*.md"], repo_type="model"
+            )
+        )
+    except Exception as error:
+        # The hub library raises a dozen types for "not there", "no network" and "no permission"; all end the run here.
+        raise ModelFolderError(
+            f"{path_or_hub_id} is neither a folder here nor a hub repository in reach ({type(error).__name__}): "
+            "check the name, or download the bundle and give its folder"
+        ) from error
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Read all tensors of a folder's model.safetensors, or of the shards its index names."""
+    index_path = folder / INDEX_NAME
+    if index_path.exists():
+        names = sorted(set(_read_json(index_path).get("weight_map", {}).values()))
+    else:
+        names = [WEIGHTS_NAME]
+    state: dict[str, Tensor] = {}
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise ModelFolderError(f"{path} is missing: copy or download the whole folder again")
+        try:
+            state.update(load_file(path))
+        except (SafetensorError, ValueError, OSError) as error:
+            raise ModelFolderError(f"{path} is damaged or cut short ({error}): copy or download it again") from error
+    return state
+
+
+def write_folder(folder: str | Path, config: dict[str, Any], state: dict[str, Tensor]) -> Path:
+    """Write config.json and (sharded) safetensors so that `folder` appears complete or not at all.
+
+    An existing folder of the same name is replaced after the new one is complete.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
+    unfinished.mkdir()
+    try:
+        (unfinished / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        save_torch_state_dict({name: t.detach().cpu().contiguous() for name, t in state.items()}, unfinished)
+        if folder.exists():
+            replaced = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.old"
+            folder.rename(replaced)
+            unfinished.rename(folder)
+            shutil.rmtree(replaced)
+        else:
+            unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+class ModelFolder:
+    """Mixin for an nn.Module that is built as ``cls(config)`` from a frozen dataclass ``cls.config_class``.
+
+    ``part`` is the name of the model's subfolder in a bundle.
+    """
+
+    part: ClassVar[str]
+    config_class: ClassVar[type]
+    config: Any
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ):
+        """Load from a bundle, a folder of its own, or a hub id; returns the model in eval mode.
+
+        Weights of any floating type on disk become `dtype` (the shipped ones are half precision, on disk only).
+        Raises ModelFolderError when files are missing or damaged, or when the tensors are not exactly those of the
+        architecture in config.json.
+        """
+        folder = locate(path_or_hub_id)
+        if (folder / cls.part).is_dir():
+            folder = folder / cls.part
+        config = cls.read_config(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        state = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in read_weights(folder).items()
+        }
+        return model.load_exactly(state, folder).to(device)
+
+    @classmethod
+    def read_config(cls, folder: Path):
+        """The dataclass in a folder's config.json; unknown, missing or impossible values raise ModelFolderError."""
+        values = _read_json(folder / CONFIG_NAME)
+        known = {field.name for field in dataclasses.fields(cls.config_class)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ModelFolderError(f"{folder / CONFIG_NAME} has unknown keys {unknown}: this code knows {sorted(known)}")
+        try:
+            return cls.config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except (TypeError, ValueError) as error:
+            raise ModelFolderError(f"{folder / CONFIG_NAME}: {error}") from error
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+        """Write config.json and safetensors into `folder`, complete or not at all; `dtype` casts floating weights."""
+        state = {
+            name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            for name, tensor in self.state_dict().items()
+        }
+        return write_folder(folder, dataclasses.asdict(self.config), state)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, dtype: torch.dtype | None = None) -> str:
+        """Upload the model as a hub repository of its own (``user/name``); returns its address."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self.save_pretrained(Path(scratch) / self.part, dtype=dtype)
+            api.upload_folder(repo_id=repo_id, folder_path=folder)
+        return str(address)
+
+    def load_exactly(self, state: dict[str, Tensor], source: str | Path):
+        """Take over `state` in a model built on the meta device; returns the model in eval mode.
+
+        Raises ModelFolderError, which names `source`, unless names and shapes are exactly the model's.
+        """
+        check_state(self, state, source)
+        self.load_state_dict(state, assign=True)
+        self.materialize_buffers()
+        return self.eval()
+
+    def materialize_buffers(self) -> None:
+        """Compute the buffers that are not stored, after a build on the meta device; none by default."""
+
+
+def check_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Raise ModelFolderError unless `state` has exactly the model's names and shapes; says what differs."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    reshaped = [f"{n} {found[n]} for {expected[n]}" for n in sorted(expected.keys() & found.keys()) if expected[n] != found[n]]
+    problems = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong-shaped", reshaped))
+        if names
+    ]
+    if problems:
+        raise ModelFolderError(f"{source} does not fit {type(model).__name__}: tensors {'; '.join(problems)}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelFolderError(f"{path} is missing: {path.parent} is not a model folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelFolderError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ModelFolderError(f"{path} must hold a JSON object")
+    return values
