@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamagen_unitok.config import GPTConfig
+from llamagen_unitok.cross_entropy import cross_entropy
 from llamagen_unitok.depth_head import DepthHead, LinearHead
 from llamagen_unitok.layers import Block, KVCache, RMSNorm
 from llamagen_unitok.official import published_state, read_config
@@ -129,7 +129,7 @@ class GPT(ModelFolder, nn.Module):
         prefix = self.cls_embedding(labels).unsqueeze(1)  # (B, 1, C)
         x = torch.cat((prefix, self.tok_embeddings(codes[:, :-1])), dim=1)  # (B, L, C)
         logits = self.output(self.trunk(self.dropout(x)), codes)
-        return _cross_entropy(logits, codes).mean() if return_loss else logits
+        return cross_entropy(logits, codes).mean() if return_loss else logits
 
     def trunk(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Embeddings x (B, T, C) → final-normed hidden states (B, T, C).
@@ -162,7 +162,7 @@ class GPT(ModelFolder, nn.Module):
 
     def nll(self, labels: Tensor, codes: Tensor) -> Tensor:
         """Negative log-likelihood of each code, (B, L, K) float32 in nats; their mean is the loss."""
-        return _cross_entropy(self(labels, codes), codes)
+        return cross_entropy(self(labels, codes), codes)
 
     @classmethod
     def from_official(
@@ -188,8 +188,3 @@ class GPT(ModelFolder, nn.Module):
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
         model.materialize_buffers()
         return model.eval()
-
-
-def _cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:
-    """logits (B, L, K, V), codes (B, L, K) → (B, L, K), in float32 whatever the logits' dtype."""
-    return F.cross_entropy(logits.flatten(0, 2).float(), codes.flatten(), reduction="none").view_as(codes)

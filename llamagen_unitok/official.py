@@ -15,8 +15,8 @@ from llamagen_unitok.config import PRESETS, GPTConfig
 
 # DDP / plain training; deepspeed; other trainers.
 WRAPPER_KEYS = ("model", "module", "state_dict")
-# torch.compile, DDP, FSDP1 put these into names; activation checkpointing the last.
-NAME_PARTS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# Parts of dotted names that torch.compile, DDP, FSDP1 and activation checkpointing put in.
+ADDED_PARTS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 CLASS_TABLE = "cls_embedding.embedding_table.weight"
 
@@ -40,10 +40,9 @@ def published_state(state: Mapping[str, object]) -> dict[str, Tensor]:
                 f"expected a state dict (names → tensors), bare or under {' / '.join(WRAPPER_KEYS)}; "
                 f"entry {name!r} is a {type(tensor).__name__}"
             )
-        for part in NAME_PARTS:
-            name = name.replace(part, "")
-        if name.rsplit(".", 1)[-1] != "freqs_cis":
-            tensors[name] = tensor
+        parts = [part for part in name.split(".") if part not in ADDED_PARTS]
+        if parts[-1:] != ["freqs_cis"]:
+            tensors[".".join(parts)] = tensor
     return tensors
 
 

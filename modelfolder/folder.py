@@ -8,6 +8,7 @@ Nothing here ever unpickles.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import uuid
@@ -72,6 +73,18 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         except (SafetensorError, ValueError, OSError) as error:
             raise ModelFolderError(f"{path} is damaged or cut short ({error}): copy or download it again") from error
     return state
+
+
+def content_hash(folder: str | Path) -> str:
+    """SHA-256, in hexadecimal, over a model folder's config.json and weight files: who made these codes or pictures."""
+    folder = Path(folder)
+    digest = hashlib.sha256()
+    for path in sorted([folder / CONFIG_NAME, *folder.glob("*.safetensors")]):
+        digest.update(path.name.encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def write_folder(folder: str | Path, config: dict[str, Any], state: dict[str, Tensor]) -> Path:

@@ -79,13 +79,13 @@ def train(
     resume: str,
     world: World,
     meta: dict[str, Any],
-    on_save: Callable[[dict[str, Tensor]], None],
+    on_save: Callable[[dict[str, Tensor], int], None],
 ) -> None:
     """Train `objective` until `config.steps`, from the checkpoint that `resume` means (see find_checkpoint).
 
     batches(step): iterator over this process's batches from that step on.
     meta: JSON that identifies the run; a checkpoint made with another one is refused.
-    on_save(state): called on the main process after each checkpoint with the weights to pass on (averaged ones if
+    on_save(state, step): called on the main process after each checkpoint with the weights to pass on (averaged ones if
     there is an EMA).
     Raises FloatingPointError when the loss is not finite, before the step that would spoil the weights, and
     KeyboardInterrupt on SIGINT or SIGTERM, after a checkpoint of the last full step.
@@ -122,7 +122,7 @@ def train(
     def save() -> None:
         save_checkpoint(out, step, _run_state(objective, optimizer, ema), meta, world, config.keep)
         if world.is_main:
-            on_save(ema.state if ema else objective.state_dict())
+            on_save(ema.state if ema else objective.state_dict(), step)
 
     sums: dict[str, Tensor] = {}
     with _stop_signals() as stop:
@@ -173,7 +173,7 @@ def train(
             if saved_step != step or found is not None:
                 # A resumed run that had nothing left to do still leaves its model where the caller expects it.
                 if world.is_main:
-                    on_save(ema.state if ema else objective.state_dict())
+                    on_save(ema.state if ema else objective.state_dict(), step)
         finally:
             if log:
                 log.close()

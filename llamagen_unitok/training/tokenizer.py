@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from llamagen_unitok.runtime.distributed import World
-from llamagen_unitok.training.images import TrainingPictures, picture_batches
+from llamagen_unitok.training.data import step_batches
+from llamagen_unitok.training.images import TrainingPictures
 from llamagen_unitok.training.loop import LoopConfig, train
 from llamagen_unitok.training.losses import weighted_sum
 from tokenizer import UniTok, UniTokConfig
@@ -84,7 +85,7 @@ def train_tokenizer(
     )
 
     def batches(first_step: int):
-        return picture_batches(
+        return step_batches(
             pictures,
             global_batch=loop.batch_size,
             first_step=first_step,
@@ -94,7 +95,7 @@ def train_tokenizer(
             world=world,
         )
 
-    def pass_on(state: dict[str, Tensor]) -> None:
+    def pass_on(state: dict[str, Tensor], step: int) -> None:
         passed = UniTok(config)
         passed.load_state_dict({name.removeprefix("tokenizer."): tensor for name, tensor in state.items()})
         passed.save_pretrained(out / "tokenizer")

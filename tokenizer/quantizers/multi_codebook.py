@@ -57,7 +57,8 @@ class MultiCodebookQuantizer(nn.Module):
     def to_codes(self, features: Tensor) -> Tensor:
         """(B, L, latent_width) → (B, L, K) int64: the entry of largest cosine in each codebook, the first in a tie."""
         with torch.autocast(features.device.type, enabled=False):
-            return self._nearest(self.unit_chunks(features), self.unit_entries()).T.unflatten(0, features.shape[:2])
+            indices = self._nearest(self.unit_chunks(features), self.unit_entries())  # (K, B·L)
+        return indices.T.contiguous().unflatten(0, features.shape[:2])
 
     def lookup(self, codes: Tensor) -> Tensor:
         """(B, L, K) int64 in [0, V) → (B, L, latent_width) float32 of unit-length chunks."""
@@ -79,7 +80,7 @@ class MultiCodebookQuantizer(nn.Module):
         shape = features.shape[:2]
         return Quantized(
             features=passed_on.transpose(0, 1).unflatten(0, shape).flatten(2),
-            codes=indices.T.unflatten(0, shape),
+            codes=indices.T.contiguous().unflatten(0, shape),
             vq_loss=vq_loss,
         )
 

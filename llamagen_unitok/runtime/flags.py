@@ -1,0 +1,102 @@
+"""Command lines: flags from dataclasses, and one way for every script to end.
+
+Exit codes: 0 success, 2 wrong input (one line on stderr), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+Settings = TypeVar("Settings")
+
+WRONG_INPUT = 2
+INTERRUPTED = 130
+PIPE_CLOSED = 141  # what a shell reports for a process that nobody reads from any more
+
+_METAVARS = {int: "N", float: "X", Path: "DIR"}
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose errors are one line, and whose help fits a screen."""
+
+    def __init__(self, description: str, **options: Any):
+        super().__init__(description=description, formatter_class=_compact_help, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG_INPUT, f"{self.prog}: {message} (--help lists the flags)\n")
+
+
+def _compact_help(prog: str) -> argparse.HelpFormatter:
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=118)
+
+
+def add_flags(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup, settings: type, *, rename: dict[str, str] | None = None
+) -> None:
+    """One flag per field of a dataclass: its name with dashes, its type, default and metadata.
+
+    Metadata: `help`; `flag`, with its dashes, where it is not the field's name; `choices` where they are few.
+    rename: field → flag name without dashes, for a command that calls it something else.
+    A field without default is a required flag; a bool field is a pair --name / --no-name.
+    """
+    kinds = typing.get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        flag = field.metadata.get("flag", f"--{field.name}")
+        if rename and field.name in rename:
+            flag = f"--{rename[field.name]}"
+        kind, required = _plain_type(kinds[field.name]), field.default is dataclasses.MISSING
+        text = field.metadata.get("help", "").replace("%", "%%")
+        options: dict[str, Any] = {"dest": field.name, "required": required}
+        if not required:
+            options["default"] = field.default
+            if field.default is not None and kind is not bool:
+                text += f" (default {field.default})"
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = kind
+            choices = field.metadata.get("choices")
+            options["choices"] = choices
+            options["metavar"] = "|".join(choices) if choices else _METAVARS.get(kind, "NAME")
+        parser.add_argument(flag.replace("_", "-"), help=text, **options)
+
+
+def settings_from(settings: type[Settings], flags: argparse.Namespace) -> Settings:
+    """The dataclass with the values of its flags; its own checks raise ValueError."""
+    return settings(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(settings)})
+
+
+def _plain_type(kind: Any) -> type:
+    """int for ``int | None``; other types as they are."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return next(part for part in typing.get_args(kind) if part is not type(None))
+    return kind
+
+
+def run_cli(body: Callable[[], None], also: Iterable[type[BaseException]] = ()) -> int:
+    """Run a script's body and return its exit code; what the user caused ends in one line on stderr, no traceback.
+
+    That is ValueError, OSError (paths, disks), FloatingPointError (a run that diverged) and the types in `also`.
+    """
+    try:
+        body()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # As in `… --list-classes | head`: not an error. What is left in the buffer must not be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except (ValueError, OSError, FloatingPointError, *also) as error:
+        print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+        return WRONG_INPUT
+    return 0

@@ -1,0 +1,242 @@
+"""Code shards on disk, and the order in which training reads anything.
+
+    meta.json                                   who made the codes, shapes, class names, a checksum per shard
+    shard-00000-of-00064.safetensors            codes uint16 (N, A, L, K), A augmented views; labels int64 (N,)
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save as safetensors_bytes
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from llamagen_unitok.runtime.distributed import World
+
+META_NAME = "meta.json"
+FORMAT = "llamagen-unitok codes 1"
+
+
+def shard_name(index: int, count: int) -> str:
+    """File name of shard `index` of `count`."""
+    return f"shard-{index:05d}-of-{count:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class CodeMeta:
+    """What meta.json holds. `tokenizer_hash` is modelfolder.content_hash of the tokenizer that made the codes."""
+
+    tokenizer: str
+    tokenizer_hash: str
+    img_size: int
+    grid: int
+    num_codebooks: int
+    codebook_size: int
+    views: list[str]
+    class_names: list[str]
+    shard_sizes: list[int]
+    checksums: list[str]
+    format: str = FORMAT
+
+    @property
+    def num_positions(self) -> int:
+        """L: cells of the grid."""
+        return self.grid**2
+
+
+def write_shard(folder: Path, index: int, count: int, codes: np.ndarray, labels: np.ndarray) -> Path:
+    """Write one shard, complete or not at all. codes: (N, A, L, K) in [0, 65535]; labels: (N,)."""
+    if codes.min(initial=0) < 0 or codes.max(initial=0) > np.iinfo(np.uint16).max:
+        raise ValueError(f"codes from {codes.min()} to {codes.max()} do not fit uint16")
+    # safetensors writes an array's memory as it lies, so it must be in row-major order
+    arrays = {"codes": (codes, np.uint16), "labels": (labels, np.int64)}
+    data = safetensors_bytes({name: np.ascontiguousarray(array, dtype) for name, (array, dtype) in arrays.items()})
+    return _write_atomically(folder / shard_name(index, count), data)
+
+
+def write_meta(folder: Path, meta: CodeMeta) -> Path:
+    """Write meta.json; with it the folder counts as complete."""
+    return _write_atomically(folder / META_NAME, (json.dumps(asdict(meta), indent=1) + "\n").encode())
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_atomically(path: Path, data: bytes) -> Path:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_bytes(data)
+        unfinished.rename(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+class CodeShards:
+    """Memory-mapped shards as one sequence: ``shards[i, view]`` → (label, codes (L, K) int64).
+
+    Opening checks that every shard is there, has its full length and the shapes of meta.json, and raises ValueError
+    that names the file otherwise; checksums are read by `verify` only.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.meta = read_meta(self.folder)
+        count = len(self.meta.shard_sizes)
+        self.paths = [self.folder / shard_name(i, count) for i in range(count)]
+        self._starts = [0, *accumulate(self.meta.shard_sizes)]
+        shape = (len(self.meta.views), self.meta.num_positions, self.meta.num_codebooks)
+        self._maps = [
+            _map_shard(path, (size, *shape)) for path, size in zip(self.paths, self.meta.shard_sizes, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[int, np.ndarray]:
+        index, view = item
+        shard = bisect.bisect_right(self._starts, index) - 1
+        codes, labels = self._maps[shard]
+        row = index - self._starts[shard]
+        return int(labels[row]), codes[row, view].astype(np.int64)
+
+    def verify(self) -> None:
+        """Read every byte: ValueError names a shard whose checksum, codes or labels are not what meta.json says."""
+        for path, expected, (codes, labels) in zip(self.paths, self.meta.checksums, self._maps, strict=True):
+            if checksum(path) != expected:
+                raise ValueError(f"{path} is damaged: its checksum is not the one in {META_NAME}; extract it again")
+            if codes.size and codes.max() >= self.meta.codebook_size:
+                raise ValueError(f"{path} has code {codes.max()}, but codebooks have {self.meta.codebook_size} entries")
+            if labels.size and not (0 <= labels.min() and labels.max() < len(self.meta.class_names)):
+                raise ValueError(f"{path} has labels outside [0, {len(self.meta.class_names)})")
+
+
+def read_meta(folder: Path) -> CodeMeta:
+    """Read and check meta.json; ValueError says what is wrong with it."""
+    path = folder / META_NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        meta = CodeMeta(**values)
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no {META_NAME}: no code shards, or extract_codes.py did not finish") from None
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path} is not the description of code shards: {error}") from None
+    if meta.format != FORMAT:
+        raise ValueError(f"{path} has format {meta.format!r}, this code reads {FORMAT!r}")
+    if len(meta.checksums) != len(meta.shard_sizes) or not meta.shard_sizes or not meta.views:
+        raise ValueError(f"{path} must list a size and a checksum for each of at least one shard, and the views")
+    return meta
+
+
+def _map_shard(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(codes, labels) of a shard, memory-mapped; ValueError unless they have exactly these shapes."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: extract it again, or copy the whole folder")
+    wanted = {"codes": ("U16", np.uint16, shape), "labels": ("I64", np.int64, shape[:1])}
+    try:
+        with open(path, "rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if header_bytes > path.stat().st_size:
+                raise ValueError("its header is cut short")
+            header = json.loads(file.read(header_bytes))
+        maps = {}
+        for name, (code, dtype, expected) in wanted.items():
+            entry = header[name]
+            if entry["dtype"] != code or tuple(entry["shape"]) != expected:
+                raise ValueError(f"{name} is {entry['dtype']} {entry['shape']}, expected {code} {list(expected)}")
+            begin, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
+            if end > path.stat().st_size or end - begin != np.dtype(dtype).itemsize * int(np.prod(expected)):
+                raise ValueError("it is shorter than its header says")
+            maps[name] = np.memmap(path, dtype=dtype, mode="r", offset=begin, shape=expected)
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no sound shard ({error}): extract it again") from None
+    return maps["codes"], maps["labels"]
+
+
+class TrainingCodes(Dataset):
+    """(index, draw) → (label (), codes (L, K) int64): one of the views, chosen by the seed and the draw."""
+
+    def __init__(self, shards: CodeShards, seed: int):
+        self.shards, self.seed = shards, seed
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        index, draw = item
+        views = len(self.shards.meta.views)
+        view = int(np.random.default_rng([self.seed, 1, draw]).integers(views)) if views > 1 else 0
+        label, codes = self.shards[index, view]
+        return torch.tensor(label), torch.from_numpy(codes)
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (index, draw) from a step on: epoch e is a permutation seeded by (seed, e), cut into global batches.
+
+    `draw` numbers the use of an example in the whole run and seeds its augmentation. Each process takes its own part
+    of each global batch, so what a step sees does not depend on the number of processes. Examples at the end of an
+    epoch that fill no batch go over into the next.
+    """
+
+    def __init__(self, length: int, global_batch: int, first_step: int, steps: int, seed: int, world: World):
+        self.length, self.global_batch, self.seed, self.world = length, global_batch, seed, world
+        self.first_step, self.steps = first_step, steps
+        self.share = world.share(global_batch)
+        self._epoch = (-1, np.empty(0, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return self.steps - self.first_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.first_step, self.steps):
+            first = step * self.global_batch + self.world.rank * self.share
+            yield [(self.index_at(draw), draw) for draw in range(first, first + self.share)]
+
+    def index_at(self, draw: int) -> int:
+        """The index of the example that is number `draw` of the whole run."""
+        epoch, position = divmod(draw, self.length)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.length))
+        return int(self._epoch[1][position])
+
+
+def step_batches(
+    dataset: Dataset, *, global_batch: int, first_step: int, steps: int, seed: int, workers: int, world: World
+) -> Iterator[tuple[Tensor, ...]]:
+    """This process's batches of a dataset of (index, draw), one for each step from `first_step` on."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=StepSampler(len(dataset), global_batch, first_step, steps, seed, world),
+        num_workers=workers,
+        pin_memory=world.device.type == "cuda",
+        worker_init_fn=_start_worker if workers else None,
+        prefetch_factor=4 if workers else None,
+    )
+    return iter(loader)
+
+
+def _start_worker(_index: int) -> None:
+    # Ctrl-C reaches the whole process group; the training process ends its workers after its last checkpoint.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,287 @@
+"""Training: resumed runs equal uninterrupted ones, optimizers cover every parameter, two processes average gradients."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import extract_codes
+import train_gpt
+import train_tokenizer
+from llamagen_unitok import GPT, GPTConfig
+from llamagen_unitok.runtime.checkpoint import complete_checkpoints
+from llamagen_unitok.runtime.distributed import World
+from llamagen_unitok.runtime.optim import EMA, LR_SCHEDULES, decay_groups, lr_factor
+from llamagen_unitok.training.data import CodeShards
+from tokenizer import PRESETS, UniTok
+
+ROOT = Path(__file__).resolve().parents[1]
+LOOP = ["--batch-size", "4", "--warmup-steps", "1", "--workers", "0", "--lr", "1e-3", "--save-every", "2", "--keep", "9"]
+SMALL_GPT = ["--layers", "2", "--heads", "2", "--width", "32", "--depth-layers", "1", "--ffn-multiple", "16"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """3 classes of 4 pictures each, 40×36 pixels."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for label in range(3):
+        (folder / f"class {label}").mkdir()
+        for i in range(4):
+            Image.fromarray(rng.integers(0, 255, (36, 40, 3), dtype=np.uint8)).save(folder / f"class {label}/{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_preset():
+    """A 32-pixel tokenizer among the presets, for the scripts to name."""
+    from dataclasses import replace
+
+    PRESETS["vitamin_test"] = replace(
+        PRESETS["vitamin_tiny"], img_size=32, stem_width=8, conv_widths=(8, 8), conv_depths=(1, 1), width=32, depth=1,
+        heads=2, num_codebooks=2, code_width=4, codebook_size=16,
+    )  # fmt: skip
+    yield "vitamin_test"
+    del PRESETS["vitamin_test"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tiny_preset, tmp_path_factory):
+    torch.manual_seed(0)
+    tokenizer = UniTok(PRESETS[tiny_preset])
+    tokenizer.init_weights()
+    return tokenizer.save_pretrained(tmp_path_factory.mktemp("tokenizer") / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def codes(tokenizer_folder, pictures, tmp_path_factory):
+    out = tmp_path_factory.mktemp("codes") / "codes"
+    arguments = ["--images", pictures, "--tokenizer", tokenizer_folder, "--out", out, "--shard-size", 5, "--workers", 0]
+    assert extract_codes.main([str(a) for a in [*arguments, "--ten-crop"]]) == 0
+    return out
+
+
+def test_extracted_codes_are_the_tokenizers(codes, tokenizer_folder, pictures):
+    shards = CodeShards(codes)
+    shards.verify()
+    assert len(shards) == 12 and len(shards.meta.views) == 10 and shards.meta.class_names[1] == "class 1"
+    from llamagen_unitok.training.images import PictureViews
+
+    views, label = PictureViews(pictures, 32, "ten-crop")[7]
+    expected = UniTok.from_pretrained(tokenizer_folder).encode(views)
+    for view in range(10):
+        stored_label, stored = shards[7, view]
+        assert stored_label == label == 1 and np.array_equal(stored, expected[view].numpy())
+
+
+def test_extraction_goes_on_where_it_stopped_and_refuses_another_job(codes, tokenizer_folder, pictures, tmp_path, capsys):
+    import shutil
+
+    again = tmp_path / "codes"
+    shutil.copytree(codes, again)
+    (again / "meta.json").unlink()
+    missing = again / "shard-00001-of-00003.safetensors"
+    missing.unlink()
+    kept = (again / "shard-00000-of-00003.safetensors").stat().st_mtime_ns
+    arguments = ["--images", pictures, "--tokenizer", tokenizer_folder, "--out", again, "--workers", 0, "--shard-size"]
+    assert extract_codes.main([str(a) for a in [*arguments, 5, "--ten-crop"]]) == 0
+    assert missing.read_bytes() == (codes / missing.name).read_bytes()
+    assert (again / "shard-00000-of-00003.safetensors").stat().st_mtime_ns == kept
+    assert extract_codes.main([str(a) for a in [*arguments, 6, "--ten-crop"]]) == 2
+    assert "another job (other shard_size)" in capsys.readouterr().err
+
+
+def train_generator(codes, out, *extra) -> dict:
+    arguments = ["--codes", codes, "--out", out, *SMALL_GPT, *LOOP, "--ema", "0.9", *extra]
+    assert train_gpt.main([str(a) for a in arguments]) == 0
+    return load_file(out / "generator" / "model.safetensors")
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_resumed_generator_equals_uninterrupted_bit_for_bit(codes, tmp_path):
+    whole = train_generator(codes, tmp_path / "whole", "--steps", 6)
+    cut = tmp_path / "cut"
+    train_generator(codes, cut, "--steps", 6)
+    # as after a kill between steps 4 and 6: the newest checkpoint is gone, and a half-written one lies about
+    import shutil
+
+    shutil.rmtree(cut / "generator")
+    newest = complete_checkpoints(cut)[-1]
+    newest.rename(newest.with_name(f".{newest.name}.tmp"))
+    assert same(whole, train_generator(codes, cut, "--steps", 6))
+    assert (cut / "checkpoints" / "latest").resolve().name == "step-00000006"
+    steps = [json.loads(line)["step"] for line in (cut / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+def test_resumed_tokenizer_equals_uninterrupted_bit_for_bit(tiny_preset, pictures, tmp_path):
+    def run(out: Path) -> dict:
+        arguments = ["--images", pictures, "--preset", tiny_preset, "--out", out, *LOOP, "--ema", "0.9", "--steps", 4,
+                     "--crop-scale", "0.5", "--flip", "--restart-every", 1]  # fmt: skip
+        assert train_tokenizer.main([str(a) for a in arguments]) == 0
+        return load_file(out / "tokenizer" / "model.safetensors")
+
+    whole = run(tmp_path / "whole")
+    cut = tmp_path / "cut"
+    run(cut)
+    newest = complete_checkpoints(cut)[-1]
+    newest.rename(newest.with_name(f".{newest.name}.tmp"))
+    assert same(whole, run(cut))
+
+
+def test_a_killed_run_resumes_to_the_same_weights(codes, tmp_path):
+    whole = train_generator(codes, tmp_path / "whole", "--steps", 400)
+    out = tmp_path / "killed"
+    arguments = ["--codes", codes, "--out", out, *SMALL_GPT, *LOOP, "--ema", "0.9", "--steps", 400]
+    command = [sys.executable, ROOT / "train_gpt.py", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for sent, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        before = len(complete_checkpoints(out))
+        process = subprocess.Popen([str(a) for a in command], env=environment, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and len(complete_checkpoints(out)) <= before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(sent)
+        assert process.wait(60) == code
+        assert 0 < len(complete_checkpoints(out))
+    assert same(whole, train_generator(codes, out, "--steps", 400))
+
+
+def test_a_run_is_not_continued_with_other_settings(codes, tmp_path, capsys):
+    train_generator(codes, tmp_path / "run", "--steps", 2)
+    arguments = ["--codes", codes, "--out", tmp_path / "run", *SMALL_GPT, *LOOP, "--ema", "0.9", "--steps", 2]
+    assert train_gpt.main([str(a) for a in [*arguments, "--class-dropout", 0]]) == 2
+    assert "other settings" in capsys.readouterr().err
+    assert train_gpt.main([str(a) for a in [*arguments, "--resume", "none"]]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "huge"], "unknown generator size 'huge'"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--lr-schedule", "liner"], "unknown learning-rate schedule 'liner'"),
+        (["--warmup-steps", "9999999"], "--warmup-steps"),
+        (["--class-dropout", "1.5"], "--class-dropout must lie in [0, 1)"),
+        (["--precision", "fp8"], "--precision must be bf16 or fp32"),
+        (["--codes", "/nowhere"], "/nowhere has no meta.json"),
+        (["--device", "warp"], "--device warp is not a device"),
+    ],
+)
+def test_wrong_training_flags_are_one_clear_line(codes, tmp_path, capsys, flags, message):
+    out = tmp_path / "run"
+    assert train_gpt.main(["--codes", str(codes), "--out", str(out), *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_diverging_run_stops_and_names_the_step(codes, tmp_path, capsys):
+    arguments = ["--codes", codes, "--out", tmp_path / "run", *SMALL_GPT, *LOOP, "--steps", 9, "--precision", "fp32"]
+    assert train_gpt.main([str(a) for a in [*arguments, "--lr", "1e30", "--grad-clip", 0]]) == 2
+    assert "is not finite at step" in capsys.readouterr().err
+
+
+def test_optimizer_covers_every_parameter_once_and_spares_vectors_and_codebooks(tiny_preset):
+    for module in (UniTok(PRESETS[tiny_preset]), GPT(GPTConfig(2, 2, 32, num_positions=16))):
+        groups = decay_groups(module, 0.05)
+        counted = [p for group in groups for p in group["params"]]
+        assert sorted(map(id, counted)) == sorted(map(id, module.parameters()))
+        assert all(p.ndim >= 2 for p in groups[0]["params"]) and groups[1]["weight_decay"] == 0
+        names = {id(p): name for name, p in module.named_parameters()}
+        assert not any(".codebook.weight" in names[id(p)] for p in groups[0]["params"])
+
+
+@pytest.mark.parametrize("schedule", LR_SCHEDULES)
+def test_learning_rate_warms_up_and_never_exceeds_the_peak(schedule):
+    factors = [lr_factor(s, steps=100, warmup_steps=10, schedule=schedule) for s in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == 1 and max(factors) == 1 and min(factors) > 0
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+
+
+def test_average_follows_its_definition():
+    module = torch.nn.Linear(2, 1)
+    ema = EMA(module, 0.5)
+    expected = module.weight.detach().clone()
+    for step in range(5):
+        with torch.no_grad():
+            module.weight.add_(1.0)
+        ema.update(module, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * module.weight
+    torch.testing.assert_close(ema.state["weight"], expected.detach())
+
+
+TWO_PROCESSES = """
+import os, sys, torch
+from llamagen_unitok import GPT, GPTConfig
+from llamagen_unitok.runtime.distributed import processes
+from llamagen_unitok.training.generator import GeneratorObjective
+torch.set_num_threads(1)
+torch.manual_seed(0)
+gpt = GPT(GPTConfig(2, 2, 32, num_classes=5, num_positions=4, num_codebooks=2, codebook_size=8, depth_layers=1)).eval()
+torch.nn.init.normal_(gpt.output.linear_head.weight)
+objective = GeneratorObjective(gpt, 0.0)
+labels, codes = torch.arange(4), torch.randint(0, 8, (4, 4, 2), generator=torch.Generator().manual_seed(1))
+with processes("cpu") as world:
+    share = world.share(4)
+    mine = slice(world.rank * share, (world.rank + 1) * share)
+    wrapped = world.wrap(objective)
+    loss, _ = wrapped(labels[mine], codes[mine])
+    loss.backward()
+    if world.is_main:
+        torch.save([p.grad for p in gpt.parameters()], sys.argv[1])
+    assert world.mean(torch.tensor(float(world.rank))).item() == (world.size - 1) / 2
+"""
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    script = tmp_path / "gradients.py"
+    script.write_text(TWO_PROCESSES)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, str(script), str(tmp_path / "2.pt")], env=environment, check=True, timeout=240)
+    subprocess.run([sys.executable, str(script), str(tmp_path / "1.pt")], env=environment, check=True, timeout=240)
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_training_with_two_processes_ends_with_one_model(codes, tmp_path):
+    arguments = ["--codes", codes, *SMALL_GPT, *LOOP, "--steps", 3, "--precision", "fp32", "--dropout", 0]
+    arguments += ["--class-dropout", 0]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, ROOT / "train_gpt.py", *arguments, "--out", tmp_path / "two", "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([str(a) for a in command], env=environment, check=True, timeout=240)
+    assert train_gpt.main([str(a) for a in [*arguments, "--out", tmp_path / "one"]]) == 0
+    one, two = (load_file(tmp_path / n / "generator" / "model.safetensors") for n in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+
+
+def test_one_process_reduces_to_itself():
+    world = World(0, 1, torch.device("cpu"))
+    value = torch.tensor([1.0, 2.0])
+    assert torch.equal(world.mean(value), value) and world.any(True) and not world.any(False)
