@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Pictures → code shards, for train_gpt.py. One process, or many with torchrun; goes on where it was interrupted.
 
-    python extract_codes.py --images DIR --tokenizer DIR_OR_HUB_ID --out DIR [--ten-crop]
+python extract_codes.py --images DIR --tokenizer DIR_OR_HUB_ID --out DIR [--ten-crop]
 """
 
 import sys
@@ -19,7 +19,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser("Write the codes of all pictures as shards: uint16 (pictures, views, positions, codebooks).")
     parser.add_argument("--tokenizer", required=True, metavar="DIR_OR_HUB_ID", help="tokenizer folder or bundle")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the shards go")
-    parser.add_argument("--ten-crop", dest="views", action="store_const", const="ten-crop", default=SUPPRESS, help="same as --views ten-crop")
+    parser.add_argument(
+        "--ten-crop",
+        dest="views",
+        action="store_const",
+        const="ten-crop",
+        default=SUPPRESS,
+        help="same as --views ten-crop",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     add_flags(parser, Extraction)
     flags = parser.parse_args(argv)

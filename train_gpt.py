@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Code shards → a generator. One process, or many with torchrun.
 
-    python train_gpt.py --codes DIR --model B --out runs/b
-    torchrun --nproc-per-node 8 train_gpt.py --codes DIR --model XXL --batch-size 1024 --out runs/xxl
+python train_gpt.py --codes DIR --model B --out runs/b
+torchrun --nproc-per-node 8 train_gpt.py --codes DIR --model XXL --batch-size 1024 --out runs/xxl
 """
 
 import sys
@@ -32,9 +32,7 @@ def main(argv: list[str] | None = None) -> int:
                 from llamagen_unitok.pipeline import make_preview
 
                 preview = make_preview(flags.preview, device=world.device)
-            folder = train_generator(
-                settings, loop, out=flags.out, resume=flags.resume, world=world, preview=preview
-            )
+            folder = train_generator(settings, loop, out=flags.out, resume=flags.resume, world=world, preview=preview)
             if world.is_main:
                 print(folder)
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Pictures → a tokenizer. One process, or many with torchrun.
 
-    python train_tokenizer.py --images DIR --preset vitamin_tiny --out runs/tokenizer
-    torchrun --nproc-per-node 8 train_tokenizer.py --images DIR --preset vitamin_large --out runs/tokenizer
+python train_tokenizer.py --images DIR --preset vitamin_tiny --out runs/tokenizer
+torchrun --nproc-per-node 8 train_tokenizer.py --images DIR --preset vitamin_large --out runs/tokenizer
 """
 
 import sys

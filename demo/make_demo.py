@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -25,6 +24,8 @@ import train_gpt
 import train_tokenizer
 from demo.prepare_data import prepare, read_classes
 from llamagen_unitok.gpt import GPT
+from llamagen_unitok.labels import ClassNames
+from llamagen_unitok.pipeline import ImageGenerator
 from llamagen_unitok.runtime.flags import run_cli
 from tokenizer import UniTok
 
@@ -56,29 +57,14 @@ def half_tokenizer(run_folder: Path) -> Path:
     return shipped
 
 
-def write_labels(folder: Path) -> None:
-    """labels.json and aliases.json of the emoji classes."""
+def class_names() -> ClassNames:
+    """Names of the emoji classes; the characters and other names are aliases, the first class of an alias has it."""
     rows = read_classes()
-    names = {row["id"]: row["name"] for row in rows}
     aliases: dict[str, int] = {}
     for row in rows:
-        for alias in (row["emoji"], *(a for a in row["aliases"].split("|") if a)):
+        for alias in (row["emoji"], *filter(None, row["aliases"].split("|"))):
             aliases.setdefault(alias, int(row["id"]))
-    for name, values in (("labels.json", names), ("aliases.json", aliases)):
-        (folder / name).write_text(json.dumps(values, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
-
-
-def assemble(tokenizer: Path, generator: Path, out: Path) -> None:
-    """Write the bundle under a temporary name, then rename; README.md of an earlier bundle is kept."""
-    unfinished = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    shutil.copytree(tokenizer, unfinished / "tokenizer")
-    GPT.from_pretrained(generator).save_pretrained(unfinished / "generator", dtype=torch.float16)
-    write_labels(unfinished)
-    shutil.copy(HERE / "model_card.md", unfinished / "README.md")
-    shutil.rmtree(out, ignore_errors=True)
-    unfinished.rename(out)
+    return ClassNames([row["name"] for row in rows], aliases)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,7 +86,10 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = half_tokenizer(tokenizer_run)
         run(extract_codes, ["--images", train, "--tokenizer", str(tokenizer), "--out", codes])
         run(train_gpt, ["--codes", codes, "--out", str(generator_run), *flags_from(HERE / "generator.json")])
-        assemble(tokenizer, generator_run / "generator", flags.out)
+        gpt = GPT.from_pretrained(generator_run / "generator")
+        card = (HERE / "model_card.md").read_text(encoding="utf-8")
+        bundle = ImageGenerator(gpt, UniTok.from_pretrained(tokenizer), class_names(), card)
+        bundle.save_pretrained(flags.out, dtype=torch.float16)
         print(f"{flags.out}: the bundle is complete; python demo/evaluate_demo.py prints its figures")
 
     return run_cli(body)

@@ -39,7 +39,9 @@ def locate(path_or_hub_id: str | Path) -> Path:
         return path
     looks_local = path.exists() or path.is_absolute() or str(path_or_hub_id).startswith((".", "~"))
     if looks_local or str(path_or_hub_id).count("/") != 1:
-        raise ModelFolderError(f"no model folder at {path}: give a folder that holds {CONFIG_NAME}, or a hub id user/name")
+        raise ModelFolderError(
+            f"no model folder at {path}: give a folder that holds {CONFIG_NAME}, or a hub id user/name"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -152,7 +154,9 @@ class ModelFolder:
         known = {field.name for field in dataclasses.fields(cls.config_class)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ModelFolderError(f"{folder / CONFIG_NAME} has unknown keys {unknown}: this code knows {sorted(known)}")
+            raise ModelFolderError(
+                f"{folder / CONFIG_NAME} has unknown keys {unknown}: this code knows {sorted(known)}"
+            )
         try:
             return cls.config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         except (TypeError, ValueError) as error:
@@ -198,7 +202,9 @@ def check_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) 
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    reshaped = [f"{n} {found[n]} for {expected[n]}" for n in sorted(expected.keys() & found.keys()) if expected[n] != found[n]]
+    reshaped = [
+        f"{n} {found[n]} for {expected[n]}" for n in sorted(expected.keys() & found.keys()) if expected[n] != found[n]
+    ]
     problems = [
         f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong-shaped", reshaped))

@@ -1,11 +1,13 @@
-"""Training: resumed runs equal uninterrupted ones, optimizers cover every parameter, two processes average gradients."""
+"""Training: resumed runs equal uninterrupted ones, optimizers cover every parameter, processes average gradients."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +24,24 @@ from llamagen_unitok.runtime.checkpoint import complete_checkpoints
 from llamagen_unitok.runtime.distributed import World
 from llamagen_unitok.runtime.optim import EMA, LR_SCHEDULES, decay_groups, lr_factor
 from llamagen_unitok.training.data import CodeShards
+from llamagen_unitok.training.images import PictureViews
 from tokenizer import PRESETS, UniTok
 
 ROOT = Path(__file__).resolve().parents[1]
-LOOP = ["--batch-size", "4", "--warmup-steps", "1", "--workers", "0", "--lr", "1e-3", "--save-every", "2", "--keep", "9"]
+LOOP = [
+    "--batch-size",
+    "4",
+    "--warmup-steps",
+    "1",
+    "--workers",
+    "0",
+    "--lr",
+    "1e-3",
+    "--save-every",
+    "2",
+    "--keep",
+    "9",
+]
 SMALL_GPT = ["--layers", "2", "--heads", "2", "--width", "32", "--depth-layers", "1", "--ffn-multiple", "16"]
 
 
@@ -52,8 +68,6 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiny_preset():
     """A 32-pixel tokenizer among the presets, for the scripts to name."""
-    from dataclasses import replace
-
     PRESETS["vitamin_test"] = replace(
         PRESETS["vitamin_tiny"], img_size=32, stem_width=8, conv_widths=(8, 8), conv_depths=(1, 1), width=32, depth=1,
         heads=2, num_codebooks=2, code_width=4, codebook_size=16,
@@ -82,8 +96,6 @@ def test_extracted_codes_are_the_tokenizers(codes, tokenizer_folder, pictures):
     shards = CodeShards(codes)
     shards.verify()
     assert len(shards) == 12 and len(shards.meta.views) == 10 and shards.meta.class_names[1] == "class 1"
-    from llamagen_unitok.training.images import PictureViews
-
     views, label = PictureViews(pictures, 32, "ten-crop")[7]
     expected = UniTok.from_pretrained(tokenizer_folder).encode(views)
     for view in range(10):
@@ -91,9 +103,9 @@ def test_extracted_codes_are_the_tokenizers(codes, tokenizer_folder, pictures):
         assert stored_label == label == 1 and np.array_equal(stored, expected[view].numpy())
 
 
-def test_extraction_goes_on_where_it_stopped_and_refuses_another_job(codes, tokenizer_folder, pictures, tmp_path, capsys):
-    import shutil
-
+def test_extraction_goes_on_where_it_stopped_and_refuses_another_job(
+    codes, tokenizer_folder, pictures, tmp_path, capsys
+):
     again = tmp_path / "codes"
     shutil.copytree(codes, again)
     (again / "meta.json").unlink()
@@ -123,8 +135,6 @@ def test_resumed_generator_equals_uninterrupted_bit_for_bit(codes, tmp_path):
     cut = tmp_path / "cut"
     train_generator(codes, cut, "--steps", 6)
     # as after a kill between steps 4 and 6: the newest checkpoint is gone, and a half-written one lies about
-    import shutil
-
     shutil.rmtree(cut / "generator")
     newest = complete_checkpoints(cut)[-1]
     newest.rename(newest.with_name(f".{newest.name}.tmp"))

@@ -44,7 +44,9 @@ def config_from_args(args: Mapping[str, Any], *, text: bool) -> UniTokConfig:
     num_codebooks = args.get("num_codebooks", 8)
     vocab_size, vocab_width = args.get("vocab_size", 32768), args.get("vocab_width", 64)
     if vocab_size % num_codebooks or vocab_width % num_codebooks:
-        raise ValueError(f"vocab_size {vocab_size} and vocab_width {vocab_width} must divide into {num_codebooks} codebooks")
+        raise ValueError(
+            f"vocab_size {vocab_size} and vocab_width {vocab_width} must divide into {num_codebooks} codebooks"
+        )
     return replace(
         PRESETS[model],
         img_size=args.get("img_size", 256),

@@ -60,8 +60,10 @@ class UniTok(ModelFolder, nn.Module):
     def init_weights(self) -> None:
         """Initialise everything for training from the global generator.
 
-        linear and 1×1.. layers truncated normal 0.02, zero bias · convolutions He (fan out) · norms 1 and 0 ·
-        codebooks even on the sphere · the text tower as open_clip does.
+        linear weights   truncated normal, std 0.02, bias zero
+        convolutions     normal, He by fan-out, bias zero
+        codebooks        even over the sphere
+        the rest         as built: norms 1 and 0, pos_embed 0, the text tower as open_clip initialises it
         """
         for module in (*self.encoder.modules(), *self.decoder.modules(), *self._projection_modules()):
             if isinstance(module, nn.Linear):
@@ -122,7 +124,9 @@ class UniTok(ModelFolder, nn.Module):
         if codes.ndim != 3 or tuple(codes.shape[1:]) != expected:
             raise ValueError(f"codes must be (B, {expected[0]}, {expected[1]}), not {tuple(codes.shape)}")
         if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.config.codebook_size):
-            raise ValueError(f"codes must lie in [0, {self.config.codebook_size}), found {codes.min()} to {codes.max()}")
+            raise ValueError(
+                f"codes must lie in [0, {self.config.codebook_size}), found {codes.min()} to {codes.max()}"
+            )
         with torch.autocast(codes.device.type, enabled=False):
             return self.post_quant_proj(self.quantizer.lookup(codes))
 

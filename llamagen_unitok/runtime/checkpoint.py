@@ -13,6 +13,9 @@ import json
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,8 @@ def save_checkpoint(out: Path, step: int, state: dict[str, Any], meta: dict[str,
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     world.barrier()
-    dcp.save(state, checkpoint_id=unfinished, no_dist=world.size == 1)
+    with _one_process_is_no_surprise():
+        dcp.save(state, checkpoint_id=unfinished, no_dist=world.size == 1)
     if world.is_main:
         (unfinished / META_NAME).write_text(json.dumps({**meta, "step": step}, indent=2) + "\n")
         shutil.rmtree(final, ignore_errors=True)
@@ -80,10 +84,18 @@ def read_meta(path: Path) -> dict[str, Any]:
 def load_checkpoint(path: Path, state: dict[str, Any], world: World) -> None:
     """Fill `state` (of the same structure as was saved) in place. ValueError if the checkpoint does not fit it."""
     try:
-        dcp.load(state, checkpoint_id=path, no_dist=world.size == 1)
+        with _one_process_is_no_surprise():
+            dcp.load(state, checkpoint_id=path, no_dist=world.size == 1)
     except (RuntimeError, KeyError, ValueError, OSError, EOFError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"checkpoint {path} cannot be loaded into this run: {reason}") from error
+
+
+@contextmanager
+def _one_process_is_no_surprise() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _point_latest_at(final: Path) -> None:

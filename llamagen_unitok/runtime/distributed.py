@@ -71,7 +71,7 @@ class World:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """"auto" is this process's CUDA device if there is one, else the CPU. ValueError for one that is not there."""
+    """ "auto" is this process's CUDA device if there is one, else the CPU. ValueError for one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

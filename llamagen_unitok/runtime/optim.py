@@ -30,7 +30,7 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def lr_factor(step: int, *, steps: int, warmup_steps: int, schedule: str) -> float:
-    """Factor on the peak learning rate at `step` (0 … steps − 1): linear warm-up, then the named schedule to its end."""
+    """Factor on the peak learning rate at `step` (0 … steps − 1): linear warm-up, then the named schedule."""
     if schedule not in LR_SCHEDULES:
         raise ValueError(f"unknown learning-rate schedule {schedule!r}: known are {', '.join(LR_SCHEDULES)}")
     if step < warmup_steps:

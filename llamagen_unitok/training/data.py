@@ -1,7 +1,7 @@
 """Code shards on disk, and the order in which training reads anything.
 
-    meta.json                                   who made the codes, shapes, class names, a checksum per shard
-    shard-00000-of-00064.safetensors            codes uint16 (N, A, L, K), A augmented views; labels int64 (N,)
+meta.json                                   who made the codes, shapes, class names, a checksum per shard
+shard-00000-of-00064.safetensors            codes uint16 (N, A, L, K), A augmented views; labels int64 (N,)
 """
 
 from __future__ import annotations

@@ -41,11 +41,7 @@ class GeneratorTraining:
 
     def architecture(self, shards: CodeShards) -> GPTConfig:
         """The generator for these codes."""
-        changes = {
-            name: value
-            for name in ("layers", "heads", "width")
-            if (value := getattr(self, name)) is not None
-        }
+        changes = {name: value for name in ("layers", "heads", "width") if (value := getattr(self, name)) is not None}
         return GPTConfig.preset(
             self.model,
             **changes,

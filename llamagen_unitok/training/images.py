@@ -71,8 +71,11 @@ VIEWS: dict[str, tuple[list[str], Callable[[int], Callable[[Image.Image], list[I
         lambda size: lambda picture: [(crop := centre_crop(size)(picture)), ImageOps.mirror(crop)],
     ),
     "ten-crop": (
-        [place + side for side in ("", " mirrored") for place in ("top left", "top right", "bottom left",
-                                                                   "bottom right", "centre")],
+        [
+            place + side
+            for side in ("", " mirrored")
+            for place in ("top left", "top right", "bottom left", "bottom right", "centre")
+        ],
         ten_crop,
     ),
 }

@@ -117,7 +117,7 @@ def train(
     if config.compile:
         wrapped = torch.compile(wrapped)
     log = TrainingLog(out, step, config.steps, config.batch_size) if world.is_main else None
-    saved_step = step if found is not None else -1
+    first_step = saved_step = step
 
     def save() -> None:
         save_checkpoint(out, step, _run_state(objective, optimizer, ema), meta, world, config.keep)
@@ -125,6 +125,7 @@ def train(
             on_save(ema.state if ema else objective.state_dict(), step)
 
     sums: dict[str, Tensor] = {}
+    summed = 0
     with _stop_signals() as stop:
         try:
             source = batches(step)
@@ -155,12 +156,12 @@ def train(
 
                 for name, value in {**scalars, "grad_norm": norm}.items():
                     sums[name] = sums.get(name, 0) + value.detach()
+                summed += 1
                 if log:
                     log.advance()
                 if step % config.log_every == 0 or step == config.steps:
-                    window = (step - 1) % config.log_every + 1
-                    means = {name: world.mean(total).item() / window for name, total in sums.items()}
-                    sums = {}
+                    means = {name: world.mean(total).item() / summed for name, total in sums.items()}
+                    sums, summed = {}, 0
                     if log:
                         log.write(step, {**means, "lr": config.lr * factor})
                 if step % config.save_every == 0 or step == config.steps:
@@ -170,10 +171,9 @@ def train(
                 if saved_step != step:
                     save()
                 raise KeyboardInterrupt
-            if saved_step != step or found is not None:
-                # A resumed run that had nothing left to do still leaves its model where the caller expects it.
-                if world.is_main:
-                    on_save(ema.state if ema else objective.state_dict(), step)
+            if step == first_step and world.is_main:
+                # Killed after its last checkpoint: what is passed on may be missing or older.
+                on_save(ema.state if ema else objective.state_dict(), step)
         finally:
             if log:
                 log.close()
