@@ -48,12 +48,12 @@ def run(script, arguments: list[str]) -> None:
         raise SystemExit(code)
 
 
-def half_tokenizer(run_folder: Path) -> Path:
-    """The run's tokenizer in half precision: the one that ships, and therefore the one that codes are made with."""
-    shipped = run_folder / "shipped" / "tokenizer"
+def packed_tokenizer(run_folder: Path) -> Path:
+    """The run's tokenizer in 8-bit storage: the one that ships, and therefore the one that codes are made with."""
+    shipped = run_folder / "shipped"
     trained = run_folder / "tokenizer" / "model.safetensors"
     if not shipped.exists() or shipped.stat().st_mtime < trained.stat().st_mtime:
-        UniTok.from_pretrained(run_folder / "tokenizer").save_pretrained(shipped, dtype=torch.float16)
+        UniTok.from_pretrained(run_folder / "tokenizer").save_pretrained(shipped, dtype=torch.int8)
     return shipped
 
 
@@ -83,13 +83,13 @@ def main(argv: list[str] | None = None) -> int:
             train_tokenizer,
             ["--images", train, "--out", str(tokenizer_run), *flags_from(HERE / "tokenizer.json")],
         )
-        tokenizer = half_tokenizer(tokenizer_run)
+        tokenizer = packed_tokenizer(tokenizer_run)
         run(extract_codes, ["--images", train, "--tokenizer", str(tokenizer), "--out", codes])
         run(train_gpt, ["--codes", codes, "--out", str(generator_run), *flags_from(HERE / "generator.json")])
         gpt = GPT.from_pretrained(generator_run / "generator")
         card = (HERE / "model_card.md").read_text(encoding="utf-8")
         bundle = ImageGenerator(gpt, UniTok.from_pretrained(tokenizer), class_names(), card)
-        bundle.save_pretrained(flags.out, dtype=torch.float16)
+        bundle.save_pretrained(flags.out, dtype=torch.int8)
         print(f"{flags.out}: the bundle is complete; python demo/evaluate_demo.py prints its figures")
 
     return run_cli(body)

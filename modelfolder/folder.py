@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from modelfolder.compact import pack, unpack
+
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -131,7 +133,7 @@ class ModelFolder:
     ):
         """Load from a bundle, a folder of its own, or a hub id; returns the model in eval mode.
 
-        Weights of any floating type on disk become `dtype` (the shipped ones are half precision, on disk only).
+        Weights of any floating type on disk, and packed 8-bit ones, become `dtype`.
         Raises ModelFolderError when files are missing or damaged, or when the tensors are not exactly those of the
         architecture in config.json.
         """
@@ -141,10 +143,7 @@ class ModelFolder:
         config = cls.read_config(folder)
         with torch.device("meta"):
             model = cls(config)
-        state = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in read_weights(folder).items()
-        }
+        state = unpack(read_weights(folder), dtype)
         return model.load_exactly(state, folder).to(device)
 
     @classmethod
@@ -163,11 +162,15 @@ class ModelFolder:
             raise ModelFolderError(f"{folder / CONFIG_NAME}: {error}") from error
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
-        """Write config.json and safetensors into `folder`, complete or not at all; `dtype` casts floating weights."""
-        state = {
-            name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-            for name, tensor in self.state_dict().items()
-        }
+        """Write config.json and safetensors into `folder`, complete or not at all.
+
+        dtype: a floating type casts the weights; torch.int8 packs them (modelfolder.compact); None leaves them.
+        """
+        state = self.state_dict()
+        if dtype == torch.int8:
+            state = pack(state)
+        elif dtype is not None:
+            state = unpack(state, dtype)
         return write_folder(folder, dataclasses.asdict(self.config), state)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, dtype: torch.dtype | None = None) -> str:

@@ -121,7 +121,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(bundle, tmp_path, changes, mes
 
 
 def test_names_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="5 class names for a generator of 7 classes"):
+    with pytest.raises(ValueError, match="5 class names do not fit a generator of 7 classes"):
         tiny_generator(num_classes=7)
 
 

@@ -130,14 +130,11 @@ WRONG = {
     "shortened flag": (["--class", "0", "--temp", "1"], "--temp"),
     "missing checkpoint": (["--class", "0", "--checkpoint", "./nowhere"], "no model folder at nowhere"),
     "empty checkpoint": (["--class", "0", "--checkpoint", "."], "tokenizer"),
-    "missing folder of the output": (
-        ["--class", "0", "--out", "nowhere/a.png"],
-        "--out nowhere/a.png cannot be written",
-    ),
+    "output in a missing folder": (["--class", "0", "--out", "gone/a.png"], "--out gone/a.png cannot be written"),
     "output that is a folder": (["--class", "0", "--out", ".."], "--out"),
     "output of unknown kind": (["--class", "0", "--out", "a.txt"], "--out a.txt must end in"),
     "unwritable npz": (["--class", "0", "--npz", "/proc/a.npz"], "--npz /proc/a.npz cannot be written"),
-    "unwritable folder": (["--class", "0", "--save-images", "nowhere/a"], "--save-images nowhere/a cannot be written"),
+    "unwritable folder": (["--class", "0", "--save-images", "gone/a"], "--save-images gone/a cannot be written"),
     "unknown device": (["--class", "0", "--device", "abacus"], "--device abacus"),
 }
 
