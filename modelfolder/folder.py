@@ -105,6 +105,8 @@ def write_folder(folder: str | Path, config: dict[str, Any], state: dict[str, Te
     try:
         (unfinished / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
         save_torch_state_dict({name: t.detach().cpu().contiguous() for name, t in state.items()}, unfinished)
+        for path in unfinished.iterdir():
+            path.chmod(0o644)  # safetensors makes its files readable by the owner only
         if folder.exists():
             replaced = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.old"
             folder.rename(replaced)
@@ -185,6 +187,12 @@ class ModelFolder:
             folder = self.save_pretrained(Path(scratch) / self.part, dtype=dtype)
             api.upload_folder(repo_id=repo_id, folder_path=folder)
         return str(address)
+
+    def start_from(self, path_or_hub_id: str | Path) -> None:
+        """Copy the weights of a bundle or folder into this model; ModelFolderError unless they fit it exactly."""
+        other = type(self).from_pretrained(path_or_hub_id)
+        check_state(self, other.state_dict(), path_or_hub_id)
+        self.load_state_dict(other.state_dict())
 
     def load_exactly(self, state: dict[str, Tensor], source: str | Path):
         """Take over `state` in a model built on the meta device; returns the model in eval mode.

@@ -177,6 +177,17 @@ def test_a_killed_run_resumes_to_the_same_weights(codes, tmp_path):
     assert same(whole, train_generator(codes, out, "--steps", 400))
 
 
+def test_a_run_can_start_from_a_trained_generator(codes, tmp_path, capsys):
+    trained = train_generator(codes, tmp_path / "first", "--steps", 2)
+    start = ["--steps", 2, "--lr", "1e-12", "--weight-decay", 0, "--init"]
+    again = train_generator(codes, tmp_path / "second", *start, tmp_path / "first" / "generator")
+    for name, tensor in trained.items():
+        torch.testing.assert_close(again[name], tensor, rtol=0, atol=1e-6)
+    arguments = ["--codes", codes, "--out", tmp_path / "third", *SMALL_GPT, *LOOP, *start, tmp_path / "first/generator"]
+    assert train_gpt.main([str(a) for a in [*arguments, "--width", 64]]) == 2
+    assert "does not fit GPT" in capsys.readouterr().err
+
+
 def test_a_run_is_not_continued_with_other_settings(codes, tmp_path, capsys):
     train_generator(codes, tmp_path / "run", "--steps", 2)
     arguments = ["--codes", codes, "--out", tmp_path / "run", *SMALL_GPT, *LOOP, "--ema", "0.9", "--steps", 2]

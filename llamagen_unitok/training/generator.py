@@ -32,6 +32,7 @@ class GeneratorTraining:
     class_dropout: float = field(
         default=0.1, metadata={"help": "share of labels dropped, 0 to 1; 0 = a generator without guidance"}
     )
+    init: str | None = field(default=None, metadata={"help": "start from the weights of this bundle or generator"})
     verify: bool = field(default=False, metadata={"help": "check the shards' checksums before training"})
 
     def __post_init__(self) -> None:
@@ -93,6 +94,8 @@ def train_generator(
     config = settings.architecture(shards)
     torch.manual_seed(loop.seed)
     gpt = GPT(config)
+    if settings.init:
+        gpt.start_from(settings.init)
     dataset = TrainingCodes(shards, loop.seed)
 
     def batches(first_step: int):
@@ -124,6 +127,7 @@ def train_generator(
         meta={
             "model": dataclasses.asdict(config),
             "class_dropout": settings.class_dropout,
+            "init": settings.init,
             "tokenizer_hash": shards.meta.tokenizer_hash,
             "pictures": len(shards),
         },

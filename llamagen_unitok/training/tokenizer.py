@@ -23,6 +23,7 @@ class TokenizerTraining:
     """Settings of a tokenizer run beside the loop's."""
 
     images: Path = field(metadata={"help": "folder with one subfolder of pictures for each class"})
+    init: str | None = field(default=None, metadata={"help": "start from the weights of this bundle or tokenizer"})
     crop_scale: float = field(default=1.0, metadata={"help": "smallest area of random crops, 0 to 1; 1 = centre crop"})
     flip: bool = field(default=False, metadata={"help": "mirror half of the pictures"})
     l1: float = field(default=0.2, metadata={"help": "weight of the mean absolute error"})
@@ -80,6 +81,8 @@ def train_tokenizer(
     torch.manual_seed(loop.seed)
     tokenizer = UniTok(config)
     tokenizer.init_weights()
+    if settings.init:
+        tokenizer.start_from(settings.init)
     pictures = TrainingPictures(
         settings.images, config.img_size, crop_scale=settings.crop_scale, flip=settings.flip, seed=loop.seed
     )
