@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llamagen_unitok.config import GPTConfig
 from llamagen_unitok.gpt import GPT
 from llamagen_unitok.runtime.distributed import World
-from llamagen_unitok.training.data import CodeShards, TrainingCodes, step_batches
+from llamagen_unitok.training.data import CodeShards, TrainingCodes
 from llamagen_unitok.training.loop import LoopConfig, train
 
 
@@ -98,17 +98,6 @@ def train_generator(
         gpt.start_from(settings.init)
     dataset = TrainingCodes(shards, loop.seed)
 
-    def batches(first_step: int):
-        return step_batches(
-            dataset,
-            global_batch=loop.batch_size,
-            first_step=first_step,
-            steps=loop.steps,
-            seed=loop.seed,
-            workers=loop.workers,
-            world=world,
-        )
-
     def pass_on(state: dict[str, Tensor], step: int) -> None:
         with torch.random.fork_rng():
             passed = GPT(config)
@@ -119,7 +108,7 @@ def train_generator(
 
     train(
         GeneratorObjective(gpt, settings.class_dropout),
-        batches,
+        dataset,
         loop,
         out=out,
         resume=resume,

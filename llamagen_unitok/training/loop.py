@@ -17,11 +17,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.utils.data import Dataset
 
 from llamagen_unitok.runtime.checkpoint import find_checkpoint, load_checkpoint, read_meta, save_checkpoint
 from llamagen_unitok.runtime.distributed import World
 from llamagen_unitok.runtime.log import TrainingLog
 from llamagen_unitok.runtime.optim import EMA, clip_gradients, decay_groups, lr_factor
+from llamagen_unitok.training.data import step_batches
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Objective(Protocol):
 
 def train(
     objective: nn.Module,
-    batches: Callable[[int], Iterator[tuple[Tensor, ...]]],
+    dataset: Dataset,
     config: LoopConfig,
     *,
     out: Path,
@@ -83,7 +85,7 @@ def train(
 ) -> None:
     """Train `objective` until `config.steps`, from the checkpoint that `resume` means (see find_checkpoint).
 
-    batches(step): iterator over this process's batches from that step on.
+    dataset: takes (index, draw) to a tuple of tensors; see step_batches for the order.
     meta: JSON that identifies the run; a checkpoint made with another one is refused.
     on_save(state, step): called on the main process after each checkpoint with the weights to pass on (averaged ones if
     there is an EMA).
@@ -128,7 +130,15 @@ def train(
     summed = 0
     with _stop_signals() as stop:
         try:
-            source = batches(step)
+            source = step_batches(
+                dataset,
+                global_batch=config.batch_size,
+                first_step=step,
+                steps=config.steps,
+                seed=config.seed,
+                workers=config.workers,
+                world=world,
+            )
             while step < config.steps and not world.any(stop.requested):
                 factor = lr_factor(
                     step, steps=config.steps, warmup_steps=config.warmup_steps, schedule=config.lr_schedule

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from llamagen_unitok.runtime.distributed import World
-from llamagen_unitok.training.data import step_batches
 from llamagen_unitok.training.images import TrainingPictures
 from llamagen_unitok.training.loop import LoopConfig, train
 from llamagen_unitok.training.losses import weighted_sum
@@ -87,17 +86,6 @@ def train_tokenizer(
         settings.images, config.img_size, crop_scale=settings.crop_scale, flip=settings.flip, seed=loop.seed
     )
 
-    def batches(first_step: int):
-        return step_batches(
-            pictures,
-            global_batch=loop.batch_size,
-            first_step=first_step,
-            steps=loop.steps,
-            seed=loop.seed,
-            workers=loop.workers,
-            world=world,
-        )
-
     def pass_on(state: dict[str, Tensor], step: int) -> None:
         passed = UniTok(config)
         passed.load_state_dict({name.removeprefix("tokenizer."): tensor for name, tensor in state.items()})
@@ -110,7 +98,7 @@ def train_tokenizer(
     }
     train(
         TokenizerObjective(tokenizer, settings, loop),
-        batches,
+        pictures,
         loop,
         out=out,
         resume=resume,
