@@ -225,6 +225,7 @@ def step_batches(
     dataset: Dataset, *, global_batch: int, first_step: int, steps: int, seed: int, workers: int, world: World
 ) -> Iterator[tuple[Tensor, ...]]:
     """This process's batches of a dataset of (index, draw), one for each step from `first_step` on."""
+    workers = usable_workers(workers)
     loader = DataLoader(
         dataset,
         batch_sampler=StepSampler(len(dataset), global_batch, first_step, steps, seed, world),
@@ -234,6 +235,11 @@ def step_batches(
         prefetch_factor=4 if workers else None,
     )
     return iter(loader)
+
+
+def usable_workers(wanted: int) -> int:
+    """`wanted` data-loading processes, but no more than this process has cores."""
+    return min(wanted, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _start_worker(_index: int) -> None:

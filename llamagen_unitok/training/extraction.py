@@ -11,7 +11,15 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from llamagen_unitok.runtime.distributed import World
-from llamagen_unitok.training.data import CodeMeta, CodeShards, checksum, shard_name, write_meta, write_shard
+from llamagen_unitok.training.data import (
+    CodeMeta,
+    CodeShards,
+    checksum,
+    shard_name,
+    usable_workers,
+    write_meta,
+    write_shard,
+)
 from llamagen_unitok.training.images import VIEWS, PictureViews
 from modelfolder import content_hash
 from tokenizer import UniTok
@@ -102,7 +110,7 @@ def _encode_rows(
     loader = DataLoader(
         Subset(pictures, rows),
         batch_size=settings.batch_size,
-        num_workers=settings.workers,
+        num_workers=usable_workers(settings.workers),
         pin_memory=world.device.type == "cuda",
     )
     codes, labels = [], []
