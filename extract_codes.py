@@ -33,8 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> None:
         settings = settings_from(Extraction, flags)
-        folder = locate(flags.tokenizer)
-        folder = folder / UniTok.part if (folder / UniTok.part).is_dir() else folder
+        folder = UniTok.part_of(locate(flags.tokenizer))
         tokenizer = UniTok.from_pretrained(folder)
         with processes(flags.device) as world:
             shards = extract_codes(

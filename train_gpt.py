@@ -6,19 +6,16 @@ torchrun --nproc-per-node 8 train_gpt.py --codes DIR --model XXL --batch-size 10
 """
 
 import sys
-from pathlib import Path
 
 from llamagen_unitok.runtime.distributed import processes
-from llamagen_unitok.runtime.flags import Parser, add_flags, run_cli, settings_from
+from llamagen_unitok.runtime.flags import Parser, add_flags, add_run_flags, run_cli, settings_from
 from llamagen_unitok.training.generator import GeneratorTraining, train_generator
 from llamagen_unitok.training.loop import LoopConfig
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("Train a generator on codes; OUT/generator holds it, OUT/checkpoints what --resume needs.")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the run lives")
-    parser.add_argument("--resume", default="auto", help="auto (go on where OUT stopped), none, or a checkpoint")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_run_flags(parser)
     parser.add_argument("--preview", metavar="TOKENIZER", help="draw pictures with this tokenizer at each checkpoint")
     add_flags(parser, GeneratorTraining)
     add_flags(parser, LoopConfig)

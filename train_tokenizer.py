@@ -7,10 +7,9 @@ torchrun --nproc-per-node 8 train_tokenizer.py --images DIR --preset vitamin_lar
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 from llamagen_unitok.runtime.distributed import processes
-from llamagen_unitok.runtime.flags import Parser, add_flags, run_cli, settings_from
+from llamagen_unitok.runtime.flags import Parser, add_flags, add_run_flags, run_cli, settings_from
 from llamagen_unitok.training.loop import LoopConfig
 from llamagen_unitok.training.tokenizer import TokenizerTraining, train_tokenizer
 from tokenizer import PRESETS
@@ -22,9 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--img-size", type=int, metavar="N", help="pixels along a side, if not the preset's")
     parser.add_argument("--codebooks", type=int, metavar="K", help="codebooks, if not the preset's")
     parser.add_argument("--codebook-size", type=int, metavar="V", help="entries per codebook, if not the preset's")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the run lives")
-    parser.add_argument("--resume", default="auto", help="auto (go on where OUT stopped), none, or a checkpoint")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_run_flags(parser)
     add_flags(parser, TokenizerTraining)
     add_flags(parser, LoopConfig)
     flags = parser.parse_args(argv)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import tempfile
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +20,7 @@ from llamagen_unitok.labels import ClassNames
 from llamagen_unitok.runtime.distributed import pick_device
 from llamagen_unitok.runtime.files import replacing
 from llamagen_unitok.sampling import SamplingConfig, generate
-from modelfolder import locate
+from modelfolder import locate, replacing_folder
 from tokenizer import UniTok, UniTokConfig
 from tokenizer.images import to_pil
 
@@ -83,8 +81,8 @@ class ImageGenerator:
         if tokenizer is None and not (folder / UniTok.part).is_dir():
             raise ValueError(f"{folder} holds no {UniTok.part}/ folder: give a whole bundle, or --tokenizer as well")
         check_fit(
-            GPT.read_config(_part(folder, GPT.part)),
-            UniTok.read_config(_part(tokenizer_folder, UniTok.part)),
+            GPT.read_config(GPT.part_of(folder)),
+            UniTok.read_config(UniTok.part_of(tokenizer_folder)),
             where=f" ({folder} and {tokenizer_folder})",
         )
         card = folder / CARD_NAME
@@ -172,20 +170,11 @@ class ImageGenerator:
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
         """Write the whole bundle, complete or not at all, in place of what was there; `dtype` casts the weights."""
         folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-        try:
+        with replacing_folder(folder) as unfinished:
             self.gpt.save_pretrained(unfinished / GPT.part, dtype=dtype)
             self.tokenizer.save_pretrained(unfinished / UniTok.part, dtype=dtype)
             self.names.save(unfinished)
             (unfinished / CARD_NAME).write_text(self.card or _default_card(self.gpt.config), encoding="utf-8")
-            replaced = unfinished.with_suffix(".old")
-            if folder.exists():
-                folder.rename(replaced)
-            unfinished.rename(folder)
-            shutil.rmtree(replaced, ignore_errors=True)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
         return folder
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, dtype: torch.dtype | None = None) -> str:
@@ -257,10 +246,6 @@ def _pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is not known: use auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-def _part(folder: Path, part: str) -> Path:
-    return folder / part if (folder / part).is_dir() else folder
 
 
 def _default_card(config: GPTConfig) -> str:

@@ -1,5 +1,23 @@
 """A model on disk: a folder with config.json and model.safetensors, alone or as one part of a bundle."""
 
-from modelfolder.folder import ModelFolder, ModelFolderError, content_hash, locate, read_weights, write_folder
+from modelfolder.folder import (
+    ModelFolder,
+    ModelFolderError,
+    add_file,
+    content_hash,
+    locate,
+    read_weights,
+    replacing_folder,
+    write_folder,
+)
 
-__all__ = ["ModelFolder", "ModelFolderError", "content_hash", "locate", "read_weights", "write_folder"]
+__all__ = [
+    "ModelFolder",
+    "ModelFolderError",
+    "add_file",
+    "content_hash",
+    "locate",
+    "read_weights",
+    "replacing_folder",
+    "write_folder",
+]

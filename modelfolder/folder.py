@@ -12,6 +12,8 @@ import hashlib
 import json
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -85,10 +87,32 @@ def content_hash(folder: str | Path) -> str:
     digest = hashlib.sha256()
     for path in sorted([folder / CONFIG_NAME, *folder.glob("*.safetensors")]):
         digest.update(path.name.encode())
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        add_file(digest, path)
     return digest.hexdigest()
+
+
+def add_file(digest: Any, path: Path) -> None:
+    """Feed a file's bytes to a hashlib digest, a piece at a time."""
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill; it takes the place of `folder` when the block ends well, and vanishes when it does not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    replaced = unfinished.with_suffix(".old")
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        if folder.exists():
+            folder.rename(replaced)
+        unfinished.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_folder(folder: str | Path, config: dict[str, Any], state: dict[str, Tensor]) -> Path:
@@ -99,23 +123,11 @@ def write_folder(folder: str | Path, config: dict[str, Any], state: dict[str, Te
     from huggingface_hub import save_torch_state_dict
 
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
-    unfinished.mkdir()
-    try:
+    with replacing_folder(folder) as unfinished:
         (unfinished / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
         save_torch_state_dict({name: t.detach().cpu().contiguous() for name, t in state.items()}, unfinished)
         for path in unfinished.iterdir():
             path.chmod(0o644)  # safetensors makes its files readable by the owner only
-        if folder.exists():
-            replaced = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.old"
-            folder.rename(replaced)
-            unfinished.rename(folder)
-            shutil.rmtree(replaced)
-        else:
-            unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
@@ -140,13 +152,17 @@ class ModelFolder:
         architecture in config.json.
         """
         folder = locate(path_or_hub_id)
-        if (folder / cls.part).is_dir():
-            folder = folder / cls.part
+        folder = cls.part_of(folder)
         config = cls.read_config(folder)
         with torch.device("meta"):
             model = cls(config)
         state = unpack(read_weights(folder), dtype)
         return model.load_exactly(state, folder).to(device)
+
+    @classmethod
+    def part_of(cls, folder: Path) -> Path:
+        """The model's own folder: this part of a bundle, or the folder itself."""
+        return folder / cls.part if (folder / cls.part).is_dir() else folder
 
     @classmethod
     def read_config(cls, folder: Path):

@@ -11,7 +11,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -69,6 +69,13 @@ def add_flags(
         parser.add_argument(flag.replace("_", "-"), help=text, **options)
 
 
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that every training script has: where the run lives, what it goes on from, and on what it runs."""
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the run lives")
+    parser.add_argument("--resume", default="auto", help="auto (go on where OUT stopped), none, or a checkpoint")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
 def settings_from(settings: type[Settings], flags: argparse.Namespace) -> Settings:
     """The dataclass with the values of its flags; its own checks raise ValueError."""
     return settings(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(settings)})
@@ -81,10 +88,10 @@ def _plain_type(kind: Any) -> type:
     return kind
 
 
-def run_cli(body: Callable[[], None], also: Iterable[type[BaseException]] = ()) -> int:
+def run_cli(body: Callable[[], None]) -> int:
     """Run a script's body and return its exit code; what the user caused ends in one line on stderr, no traceback.
 
-    That is ValueError, OSError (paths, disks), FloatingPointError (a run that diverged) and the types in `also`.
+    That is ValueError, OSError (paths, disks) and FloatingPointError (a run that diverged).
     """
     try:
         body()
@@ -96,7 +103,7 @@ def run_cli(body: Callable[[], None], also: Iterable[type[BaseException]] = ()) 
         # As in `… --list-classes | head`: not an error. What is left in the buffer must not be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
-    except (ValueError, OSError, FloatingPointError, *also) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
         return WRONG_INPUT
     return 0

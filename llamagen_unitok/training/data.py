@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from llamagen_unitok.runtime.distributed import World
+from llamagen_unitok.runtime.files import replacing
+from modelfolder import add_file
 
 META_NAME = "meta.json"
 FORMAT = "llamagen-unitok codes 1"
@@ -72,24 +74,14 @@ def write_meta(folder: Path, meta: CodeMeta) -> Path:
 
 def checksum(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file) -> str:
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    add_file(digest, path)
     return digest.hexdigest()
 
 
 def _write_atomically(path: Path, data: bytes) -> Path:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_bytes(data)
-        unfinished.rename(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(data)
     return path
 
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from llamagen_unitok.runtime.distributed import World
+from llamagen_unitok.runtime.files import replacing
 from llamagen_unitok.training.data import (
     CodeMeta,
     CodeShards,
@@ -65,7 +66,8 @@ def extract_codes(
     folders = pictures.pictures.classes
     if class_names is not None and len(class_names) != len(folders):
         raise ValueError(f"{len(class_names)} class names, but {settings.images} has {len(folders)} subfolders")
-    count = -(-len(pictures) // settings.shard_size)
+    shards = [range(len(pictures))[i : i + settings.shard_size] for i in range(0, len(pictures), settings.shard_size)]
+    count = len(shards)
     job = {
         "tokenizer_hash": content_hash(tokenizer_folder),
         "views": settings.views,
@@ -76,12 +78,10 @@ def extract_codes(
     tokenizer = tokenizer.to(world.device).eval()
 
     mine = [i for i in range(world.rank, count, world.size) if not (out / shard_name(i, count)).exists()]
-    total = sum(min(settings.shard_size, len(pictures) - i * settings.shard_size) for i in mine)
+    total = sum(len(shards[i]) for i in mine)
     with tqdm(total=total, desc="pictures", unit="picture", disable=not world.is_main, dynamic_ncols=True) as bar:
         for index in mine:
-            first = index * settings.shard_size
-            rows = range(first, min(first + settings.shard_size, len(pictures)))
-            codes, labels = _encode_rows(tokenizer, pictures, rows, settings, world, bar)
+            codes, labels = _encode_rows(tokenizer, pictures, shards[index], settings, world, bar)
             write_shard(out, index, count, codes, labels)
     world.barrier()
     if world.is_main:
@@ -95,7 +95,7 @@ def extract_codes(
             codebook_size=config.codebook_size,
             views=VIEWS[settings.views][0],
             class_names=class_names or folders,
-            shard_sizes=[min(settings.shard_size, len(pictures) - i * settings.shard_size) for i in range(count)],
+            shard_sizes=[len(rows) for rows in shards],
             checksums=[checksum(path) for path in paths],
         )
         write_meta(out, meta)
@@ -131,5 +131,6 @@ def _start_or_continue(out: Path, job: dict, world: World) -> None:
             raise ValueError(f"--out {out} holds codes of another job (other {differing}): give an empty folder")
     elif world.is_main:
         out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(job, indent=1) + "\n")
+        with replacing(path) as file:
+            file.write((json.dumps(job, indent=1) + "\n").encode())
     world.barrier()

@@ -211,11 +211,11 @@ def _run_state(objective: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA 
 
 
 def _check_same_run(found: Path, meta: dict[str, Any]) -> None:
-    saved = {k: v for k, v in read_meta(found).items() if k != "step"}
+    saved = _flat(read_meta(found))
     differing = [
         f"{name} {_short(saved.get(name))} there, {_short(value)} now"
         for name, value in _flat(meta).items()
-        if (saved := _flat(saved)).get(name) != value
+        if saved.get(name) != value
     ]
     if differing:
         raise ValueError(
