@@ -57,8 +57,17 @@ NEIGHBOURS = 3  # real pictures beside each
 class Evaluation:
     """A generator, the classes to look at, and the real pictures, whose features are read when first needed."""
 
-    def __init__(self, generator: ImageGenerator, data: Path, work: Path, limit: int | None, batch_size: int):
+    def __init__(
+        self,
+        generator: ImageGenerator,
+        data: Path,
+        work: Path,
+        limit: int | None = None,
+        batch_size: int = 50,
+        temperature: float = 1.0,
+    ):
         self.generator, self.data, self.work, self.batch_size = generator, data, work, batch_size
+        self.temperature = temperature
         count = len(generator.names)
         self.labels = spread(range(count), limit or count)
         self.limit = limit
@@ -74,7 +83,12 @@ class Evaluation:
         """One picture of each class, index 0, lazily."""
         labels = self.labels if labels is None else labels
         samples = self.generator.stream(
-            labels, batch_size=self.batch_size, progress=True, cfg_scale=cfg_scale, seed=seed
+            labels,
+            batch_size=self.batch_size,
+            progress=True,
+            cfg_scale=cfg_scale,
+            seed=seed,
+            temperature=self.temperature,
         )
         return (sample.picture for sample in samples)
 
@@ -144,7 +158,9 @@ class Evaluation:
         labels = spread(self.labels, BATCH_CLASSES)
         drawn = []
         for size in BATCH_SIZES:
-            samples = self.generator.stream(labels, batch_size=size, progress=True, seed=0)
+            samples = self.generator.stream(
+                labels, batch_size=size, progress=True, seed=0, temperature=self.temperature
+            )
             drawn.append([np.asarray(sample.picture) for sample in samples])
         equal = float(np.mean([np.array_equal(a, b) for a, b in zip(*drawn, strict=True)]))
         print(f"batch sizes {BATCH_SIZES[0]} and {BATCH_SIZES[1]}, fp32: {equal:.1%} of {len(labels)} pictures equal")
@@ -202,6 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--cfg", type=scales_from, default=[1.5, 2.0, 3.0], metavar="LIST", help="scales beside 1 (default 1.5,2,3)"
     )
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="of the samples (default 1)")
     parser.add_argument("--limit", type=int, metavar="N", help="only N classes and N pictures, for a quick look")
     parser.add_argument("--batch-size", type=int, default=50, metavar="N", help="pictures at a time (default 50)")
     parser.add_argument("--device", default="auto", help="of the generator: auto, cpu or cuda")
@@ -216,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         if flags.limit is not None and flags.limit < 1:
             raise ValueError(f"--limit must be a whole number of at least 1, got {flags.limit}")
         generator = ImageGenerator.from_pretrained(flags.checkpoint, device=flags.device, dtype="fp32")
-        evaluation = Evaluation(generator, flags.data, flags.work, flags.limit, flags.batch_size)
+        evaluation = Evaluation(generator, flags.data, flags.work, flags.limit, flags.batch_size, flags.temperature)
         if flags.nearest or {"recognised", "styles"} & set(flags.only):
             evaluation.prepare()
         measure = {
