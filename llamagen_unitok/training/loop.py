@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from llamagen_unitok.runtime.checkpoint import find_checkpoint, load_checkpoint, read_meta, save_checkpoint
 from llamagen_unitok.runtime.distributed import World
 from llamagen_unitok.runtime.log import TrainingLog
+from llamagen_unitok.runtime.memory import keep_freed_memory
 from llamagen_unitok.runtime.optim import EMA, clip_gradients, decay_groups, lr_factor
 from llamagen_unitok.training.data import step_batches
 
@@ -93,6 +94,8 @@ def train(
     KeyboardInterrupt on SIGINT or SIGTERM, after a checkpoint of the last full step.
     """
     meta = {**meta, "loop": {k: v for k, v in dataclasses.asdict(config).items() if k not in _MAY_CHANGE}}
+    if world.device.type == "cpu":
+        keep_freed_memory()
     objective.to(world.device).train()
     optimizer = torch.optim.AdamW(
         decay_groups(objective, config.weight_decay),

@@ -1,0 +1,1 @@
+"""Figures of generators and tokenizers: samples, references, metrics, diagnostics and sweeps."""
