@@ -52,7 +52,8 @@ def _write_npy(member: BinaryIO, name: str, stream: ArrayStream) -> None:
     for batch in stream.batches:
         whole = batch.shape == stream.shape
         if batch.dtype != stream.dtype or not (whole or batch.shape[1:] == stream.shape[1:]):
-            raise ValueError(f"{name}: a batch is {batch.dtype} {batch.shape}, but the array {stream.dtype} {stream.shape}")
+            promised = f"{stream.dtype} {stream.shape}"
+            raise ValueError(f"{name}: a batch is {batch.dtype} {batch.shape}, but the array {promised}")
         rows += batch.shape[0] if batch.ndim else 0
         member.write(np.ascontiguousarray(batch).tobytes())
     if stream.shape and rows != stream.shape[0]:
