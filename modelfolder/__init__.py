@@ -5,9 +5,11 @@ from modelfolder.folder import (
     ModelFolderError,
     add_file,
     content_hash,
+    file_hash,
     locate,
     read_weights,
     replacing_folder,
+    stored_kind,
     write_folder,
 )
 
@@ -16,8 +18,10 @@ __all__ = [
     "ModelFolderError",
     "add_file",
     "content_hash",
+    "file_hash",
     "locate",
     "read_weights",
     "replacing_folder",
+    "stored_kind",
     "write_folder",
 ]

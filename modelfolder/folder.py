@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from modelfolder.compact import pack, unpack
 
 CONFIG_NAME = "config.json"
+KIND_KEY = "kind"  # in config.json, which of the architectures that can be this part
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+SHARD_SIZE = "512MB"  # writing takes this much memory beside the model's own
 
 
 class ModelFolderError(ValueError):
@@ -81,6 +83,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return state
 
 
+def stored_kind(folder: Path) -> str | None:
+    """The architecture that a folder's config.json names, or None; ModelFolderError when it is missing or damaged."""
+    return _read_json(folder / CONFIG_NAME).get(KIND_KEY)
+
+
 def content_hash(folder: str | Path) -> str:
     """SHA-256, in hexadecimal, over a model folder's config.json and weight files: who made these codes or pictures."""
     folder = Path(folder)
@@ -88,6 +95,13 @@ def content_hash(folder: str | Path) -> str:
     for path in sorted([folder / CONFIG_NAME, *folder.glob("*.safetensors")]):
         digest.update(path.name.encode())
         add_file(digest, path)
+    return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    add_file(digest, path)
     return digest.hexdigest()
 
 
@@ -125,7 +139,9 @@ def write_folder(folder: str | Path, config: dict[str, Any], state: dict[str, Te
     folder = Path(folder)
     with replacing_folder(folder) as unfinished:
         (unfinished / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-        save_torch_state_dict({name: t.detach().cpu().contiguous() for name, t in state.items()}, unfinished)
+        save_torch_state_dict(
+            {name: t.detach().cpu().contiguous() for name, t in state.items()}, unfinished, max_shard_size=SHARD_SIZE
+        )
         for path in unfinished.iterdir():
             path.chmod(0o644)  # safetensors makes its files readable by the owner only
     return folder
@@ -134,10 +150,12 @@ def write_folder(folder: str | Path, config: dict[str, Any], state: dict[str, Te
 class ModelFolder:
     """Mixin for an nn.Module that is built as ``cls(config)`` from a frozen dataclass ``cls.config_class``.
 
-    ``part`` is the name of the model's subfolder in a bundle.
+    ``part`` is the name of the model's subfolder in a bundle. ``kind`` names the architecture in config.json where a
+    part has several; a folder that names none is taken to be right.
     """
 
     part: ClassVar[str]
+    kind: ClassVar[str | None] = None
     config_class: ClassVar[type]
     config: Any
 
@@ -168,6 +186,9 @@ class ModelFolder:
     def read_config(cls, folder: Path):
         """The dataclass in a folder's config.json; unknown, missing or impossible values raise ModelFolderError."""
         values = _read_json(folder / CONFIG_NAME)
+        kind = values.pop(KIND_KEY, cls.kind)
+        if kind != cls.kind:
+            raise ModelFolderError(f"{folder} holds a {cls.part} of kind {kind!r}, not {cls.kind!r}")
         known = {field.name for field in dataclasses.fields(cls.config_class)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -189,7 +210,8 @@ class ModelFolder:
             state = pack(state)
         elif dtype is not None:
             state = unpack(state, dtype)
-        return write_folder(folder, dataclasses.asdict(self.config), state)
+        config = dataclasses.asdict(self.config)
+        return write_folder(folder, {KIND_KEY: self.kind, **config} if self.kind else config, state)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, dtype: torch.dtype | None = None) -> str:
         """Upload the model as a hub repository of its own (``user/name``); returns its address."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from modelfolder.names import plain_names
 from tokenizer.config import PRESETS, UniTokConfig
 
 TEXT_ENTRIES = ("text_encoder.", "logit_scale")
@@ -24,11 +25,7 @@ def read_official(
     Sizes that a file may leave out have the published defaults. Raises ValueError for a layout that is not UniTok's.
     """
     config = config_from_args(args, text=text)
-    tensors = {
-        name.removeprefix("module.").removeprefix("_orig_mod."): tensor
-        for name, tensor in state.items()
-        if not name.endswith(".attn_mask")
-    }
+    tensors = {name: tensor for name, tensor in plain_names(state).items() if not name.endswith(".attn_mask")}
     if not text:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(TEXT_ENTRIES)}
     return config, tensors

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modelfolder import ModelFolder
+from tokenizer.checks import check_codes, check_images
 from tokenizer.config import UniTokConfig
 from tokenizer.official import read_official
 from tokenizer.projection import build_projections
@@ -41,6 +42,7 @@ class UniTok(ModelFolder, nn.Module):
     """
 
     part = "tokenizer"
+    kind = "unitok"
     config_class = UniTokConfig
 
     def __init__(self, config: UniTokConfig):
@@ -77,6 +79,11 @@ class UniTok(ModelFolder, nn.Module):
                 nn.init.zeros_(module.bias)
         self.quantizer.init_weights()
 
+    def freeze_encoder(self) -> None:
+        """Take everything that decides the codes (encoder, projection, codebooks) out of training."""
+        for module in (self.encoder, self.quant_proj, self.quantizer):
+            module.requires_grad_(False)
+
     def _projection_modules(self):
         yield from self.quant_proj.modules()
         yield from self.post_quant_proj.modules()
@@ -85,7 +92,7 @@ class UniTok(ModelFolder, nn.Module):
 
     def forward(self, images: Tensor) -> Reconstruction:
         """Encode, quantize with straight-through gradients, decode: what training needs. images as for `encode`."""
-        self._check_images(images)
+        check_images(images, self.config)
         tokens = self.encoder(images)
         with torch.autocast(images.device.type, enabled=False):
             latents = self.quant_proj(tokens.float())
@@ -107,7 +114,7 @@ class UniTok(ModelFolder, nn.Module):
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] → (B, L, latent_width) float32: what the quantizer is given."""
-        self._check_images(images)
+        check_images(images, self.config)
         tokens = self.encoder(images)
         with torch.autocast(images.device.type, enabled=False):
             return self.quant_proj(tokens.float())
@@ -115,18 +122,17 @@ class UniTok(ModelFolder, nn.Module):
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """codes (B, L, K) in [0, V) → images (B, 3, H, W), clamped to [-1, 1]."""
-        return self.decoder(self.dequantize(codes)).float().clamp(-1, 1)
+        return self.decode_unclamped(codes).clamp(-1, 1)
+
+    @torch.no_grad()
+    def decode_unclamped(self, codes: Tensor) -> Tensor:
+        """Like `decode`, without the clamp."""
+        return self.decoder(self.dequantize(codes)).float()
 
     @torch.no_grad()
     def dequantize(self, codes: Tensor) -> Tensor:
         """codes (B, L, K) in [0, V) → decoder tokens (B, L, C) float32. ValueError for another shape or range."""
-        expected = (self.config.num_positions, self.config.num_codebooks)
-        if codes.ndim != 3 or tuple(codes.shape[1:]) != expected:
-            raise ValueError(f"codes must be (B, {expected[0]}, {expected[1]}), not {tuple(codes.shape)}")
-        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.config.codebook_size):
-            raise ValueError(
-                f"codes must lie in [0, {self.config.codebook_size}), found {codes.min()} to {codes.max()}"
-            )
+        check_codes(codes, self.config)
         with torch.autocast(codes.device.type, enabled=False):
             return self.post_quant_proj(self.quantizer.lookup(codes))
 
@@ -155,11 +161,6 @@ class UniTok(ModelFolder, nn.Module):
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.projection(self.fc_norm(tokens.mean(dim=1)))
-
-    def _check_images(self, images: Tensor) -> None:
-        side = self.config.img_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
-            raise ValueError(f"images must be (B, 3, {side}, {side}), not {tuple(images.shape)}")
 
     def materialize_buffers(self) -> None:
         if self.config.text:
