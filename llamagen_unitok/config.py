@@ -36,6 +36,8 @@ class GPTConfig:
         It is a shape; how often training uses the row is the training setting `class_dropout`.
     num_positions: image tokens in raster order; a perfect square.
     num_codebooks, depth_layers: (K, n) with n >= 1 for K > 1; (1, 0) is the original LlamaGen with a linear head.
+    qk_norm: RMSNorm with a gain over each head's queries and keys, before their rotation (QK-norm, Henry et al.,
+        arXiv 2010.04245; ViT-22B, arXiv 2302.05442, with its gains per channel). No published generator has it.
     residual_dropout, ffn_dropout: on the output of the attention and of the feed-forward branch.
     Raises ValueError, in one line, for values that make no model.
     """
@@ -53,6 +55,7 @@ class GPTConfig:
     ffn_multiple: int = 256
     norm_eps: float = 1e-5
     rope_base: float = 10000.0
+    qk_norm: bool = False
     token_dropout: float = 0.1
     residual_dropout: float = 0.1
     ffn_dropout: float = 0.1
@@ -64,8 +67,9 @@ class GPTConfig:
         for name in (*counts, "codebook_size", "ffn_multiple"):
             _check_int(name, getattr(self, name), least=1)
         _check_int("depth_layers", self.depth_layers, least=0)
-        if not isinstance(self.has_null_class, bool):
-            raise ValueError(f"has_null_class must be true or false, got {self.has_null_class!r}")
+        for name in ("has_null_class", "qk_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("token_dropout", "residual_dropout", "ffn_dropout"):
             if not 0 <= _number(name, getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -118,3 +122,18 @@ def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} must be a number, got {value!r}")
     return value
+
+
+_CODE_SHAPE = {"codebooks K": "num_codebooks", "codebook size V": "codebook_size", "positions L": "num_positions"}
+
+
+def code_differences(found: Any, wanted: Any) -> list[str]:
+    """Where the codes of two differ in shape, such as ``codebooks K = 4 instead of 8``; empty when they do not.
+
+    found, wanted: configs of generators or tokenizers, or what describes code shards.
+    """
+    return [
+        f"{what} = {getattr(found, name)} instead of {getattr(wanted, name)}"
+        for what, name in _CODE_SHAPE.items()
+        if getattr(found, name) != getattr(wanted, name)
+    ]

@@ -1,6 +1,7 @@
 """Output heads: from the trunk's hidden state at one position to the logits of its K codes.
 
-Both heads offer the same three things: `forward` (teacher forcing), `step` (one codebook, cached) and `make_cache`.
+Both heads offer the same: `forward` (teacher forcing), `step` (one codebook, cached), `make_cache`, and `embed` where
+there are several codebooks.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ class LinearHead(nn.Linear):
         """hidden (B, T, C) → logits (B, T, 1, V); the codes are not looked at."""
         return super().forward(hidden).unsqueeze(-2)
 
-    def step(self, hidden: Tensor, previous: Tensor | None, cache: None) -> Tensor:
-        """hidden (B, C) → logits (B, V)."""
-        return super().forward(hidden)
+    def step(self, x: Tensor, k: int, cache: None) -> Tensor:
+        """Hidden states x (B, C) → logits (B, V); k is 0."""
+        return super().forward(x)
 
     def make_cache(self, batch: int) -> None:
         return None
@@ -58,21 +59,21 @@ class DepthHead(nn.Module):
             x = layer(x)
         return self.linear_head(self.norm(x)).unflatten(0, hidden.shape[:2])
 
-    def step(self, hidden: Tensor, previous: Tensor | None, cache: KVCache) -> Tensor:
-        """Logits (B, V) of the next codebook, cached.
+    def embed(self, codes: Tensor, k: int) -> Tensor:
+        """Codes (B,) of codebook k - 1 → what step k sees, (B, C)."""
+        return self.codebooks[k - 1](codes)
 
-        hidden (B, C) starts a position: `previous` is None, and the cache is taken as empty. Then `previous` (B,) is
-        the code just chosen.
+    def step(self, x: Tensor, k: int, cache: KVCache) -> Tensor:
+        """Logits (B, V) of codebook k, cached.
+
+        x (B, C): the trunk's hidden state for k = 0, which starts a position and forgets the one before; then the
+        embedding of code k - 1. Steps come in order.
         """
-        if previous is None:
-            # Reusing the cache at the next position costs nothing; reallocating costs a kernel per layer.
-            cache.filled = 0
-            x = hidden.unsqueeze(1)  # (B, 1, C)
-        else:
-            x = self.codebooks[cache.filled - 1](previous).unsqueeze(1)
+        # Reusing the cache at the next position costs nothing; reallocating costs a kernel per layer.
+        cache.filled = k
+        x = x.unsqueeze(1)  # (B, 1, C)
         for index, layer in enumerate(self.layers):
             x = layer(x, cache=cache.layer(index))
-        cache.filled += 1
         return self.linear_head(self.norm(x)).squeeze(1)
 
     def make_cache(self, batch: int) -> KVCache:

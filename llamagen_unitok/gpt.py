@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llamagen_unitok.config import GPTConfig
-from llamagen_unitok.cross_entropy import cross_entropy
+from llamagen_unitok.cross_entropy import LossTerms, cross_entropy, loss_terms
 from llamagen_unitok.depth_head import DepthHead, LinearHead
 from llamagen_unitok.layers import Block, KVCache, RMSNorm
 from llamagen_unitok.official import published_state, read_config
@@ -103,15 +103,22 @@ class GPT(ModelFolder, nn.Module):
         codes: Tensor,
         *,
         return_loss: bool = False,
+        return_terms: bool = False,
+        head_share: float = 1.0,
         class_dropout: float = 0.0,
         generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Teacher-forced logits (B, L, K, V), or the mean loss with `return_loss`; the same in train() and eval()
-        but for dropout.
+    ) -> Tensor | LossTerms:
+        """Teacher-forced logits (B, L, K, V), or the mean loss with `return_loss`, or what it is the mean of with
+        `return_terms`, (B, L, K) each; the same in train() and eval() but for dropout and `head_share`.
 
         labels: (B,) int64 in [0, num_classes), or `num_classes` for the null class.   codes: (B, L, K) int64 in [0, V).
         class_dropout: share of labels that become the null class, in train() only; drawn from `generator` (on the
             labels' device) or from the device's global one.
+        head_share: in train() and where no logits are returned, the head sees this share of the positions only, at
+            least one, drawn anew for each picture without replacement; terms are then (B, n, K). Every position is as
+            likely as any other, so the mean loss and its gradient keep their expectation. CSM (Sesame, 2025) trains its
+            depth decoder so, on a sixteenth of the frames, but keeps the first codebook everywhere; here all K codes of
+            a position go together.
         The loss goes through here, not through a method beside it, because DDP and FSDP average gradients only for
         what their wrapper's forward ran.
         Raises ValueError for codes of another shape, or for class_dropout without a null class.
@@ -128,8 +135,13 @@ class GPT(ModelFolder, nn.Module):
             labels = labels.masked_fill(draws < class_dropout, self.config.num_classes)
         prefix = self.cls_embedding(labels).unsqueeze(1)  # (B, 1, C)
         x = torch.cat((prefix, self.tok_embeddings(codes[:, :-1])), dim=1)  # (B, L, C)
-        logits = self.output(self.trunk(self.dropout(x)), codes)
-        return cross_entropy(logits, codes).mean() if return_loss else logits
+        hidden = self.trunk(self.dropout(x))
+        if not (return_loss or return_terms):
+            return self.output(hidden, codes)
+        if self.training and head_share < 1:
+            hidden, codes = _random_positions(hidden, codes, head_share, generator)
+        terms = loss_terms(self.output(hidden, codes), codes)
+        return terms if return_terms else terms.nll.mean()
 
     def trunk(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Embeddings x (B, T, C) → final-normed hidden states (B, T, C).
@@ -188,3 +200,14 @@ class GPT(ModelFolder, nn.Module):
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
         model.materialize_buffers()
         return model.eval()
+
+
+def _random_positions(
+    hidden: Tensor, codes: Tensor, share: float, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """hidden (B, L, C), codes (B, L, K) → (B, n, C), (B, n, K) at the same n positions, other ones for each picture."""
+    batch, length, _ = codes.shape
+    count = max(1, round(share * length))
+    order = torch.rand(batch, length, generator=generator, device=codes.device)
+    chosen = order.topk(count, dim=1).indices.unsqueeze(-1)  # (B, n, 1)
+    return tuple(tensor.gather(1, chosen.expand(-1, -1, tensor.shape[-1])) for tensor in (hidden, codes))

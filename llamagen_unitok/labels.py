@@ -151,6 +151,41 @@ class ClassNames:
         return f": did you mean {names}? --list-classes shows all names"
 
 
+def check_class_order(names: ClassNames, folders: Sequence[str]) -> None:
+    """Preflight: class i of the generator is subfolder i of a folder of pictures, sorted as image loaders sort them.
+
+    folders: names of the subfolders, such as ImageNet's synsets; anything that `names` finds counts, and numbers that
+    sort in their order, such as 007.
+    Raises ValueError, in one line, for another number of folders, for one that names no class, or for another order:
+    then labels of one do not mean what labels of the other mean.
+    """
+    check_classes(names, sorted(folders), what="class folder")
+
+
+def check_classes(names: ClassNames, others: Sequence[str], what: str) -> None:
+    """Preflight: class i of `names` is number i of `others`, which `names` may find under any name of the class.
+
+    what: is counted in `others`, for the error. Raises ValueError as `check_class_order` does.
+    """
+    if len(others) != len(names):
+        raise ValueError(f"{len(others)} {what}s do not fit {len(names)} class names")
+    for label, other in enumerate(others):
+        if other == names[label]:
+            continue
+        if _is_number(other):
+            if int(other) == label:
+                continue
+            raise ValueError(
+                f"{what} {label} is {other!r}, which is a number, and sorting puts 10 before 2: call it after its class"
+            )
+        found = names.find(other)
+        if found != label:
+            raise ValueError(
+                f"{what} {label} is {other!r}, which is class {found} ({names[found]}), "
+                f"but class {label} is {names[label]}: the two are in different orders"
+            )
+
+
 def _key(text: str) -> str:
     """What spellings of one name have in common."""
     text = unicodedata.normalize("NFC", text).replace(EMOJI_PRESENTATION, "")

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from llamagen_unitok.config import PRESETS, GPTConfig
+from modelfolder.names import plain_names
 
 # DDP / plain training; deepspeed; other trainers.
 WRAPPER_KEYS = ("model", "module", "state_dict")
-# Parts of dotted names that torch.compile, DDP, FSDP1 and activation checkpointing put in.
-ADDED_PARTS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
+ROTATION_TABLE = "freqs_cis"
 CLASS_TABLE = "cls_embedding.embedding_table.weight"
 
 
@@ -26,24 +26,26 @@ def published_state(state: Mapping[str, object]) -> dict[str, Tensor]:
 
     Raises ValueError when this is not a mapping of names to tensors.
     """
-    while isinstance(state, Mapping):
-        inner = [state[key] for key in WRAPPER_KEYS if isinstance(state.get(key), Mapping)]
-        if not inner:
-            break
-        state = inner[0]
+    state = unwrapped(state)
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"expected a state dict (names → tensors), got {type(state).__name__} without tensors")
-    tensors = {}
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(
                 f"expected a state dict (names → tensors), bare or under {' / '.join(WRAPPER_KEYS)}; "
                 f"entry {name!r} is a {type(tensor).__name__}"
             )
-        parts = [part for part in name.split(".") if part not in ADDED_PARTS]
-        if parts[-1:] != ["freqs_cis"]:
-            tensors[".".join(parts)] = tensor
-    return tensors
+    return {name: tensor for name, tensor in plain_names(state).items() if name.split(".")[-1] != ROTATION_TABLE}
+
+
+def unwrapped(state: object) -> object:
+    """What is left when every wrapper of a checkpoint is taken off."""
+    while isinstance(state, Mapping):
+        inner = [state[key] for key in WRAPPER_KEYS if isinstance(state.get(key), Mapping)]
+        if not inner:
+            break
+        state = inner[0]
+    return state
 
 
 def read_config(

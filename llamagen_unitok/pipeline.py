@@ -13,19 +13,28 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from llamagen_unitok.config import GPTConfig
+from llamagen_unitok.config import GPTConfig, code_differences
 from llamagen_unitok.gpt import GPT
 from llamagen_unitok.grid import labelled_grid
 from llamagen_unitok.labels import ClassNames
 from llamagen_unitok.runtime.distributed import pick_device
 from llamagen_unitok.runtime.files import replacing
-from llamagen_unitok.sampling import SamplingConfig, generate
+from llamagen_unitok.sampling import SamplingConfig, generate, release
 from modelfolder import locate, replacing_folder
-from tokenizer import UniTok, UniTokConfig
-from tokenizer.images import to_pil
+from tokenizer import Tokenizer, load_tokenizer, read_tokenizer_config
+from tokenizer.fast import FastDecoder
+from tokenizer.images import Resize, to_pil
+from tokenizer.table import PART as TOKENIZER_PART
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH_SIZE = 8  # pictures generated at once, unless the caller says otherwise
+# How codes become pixels: as the tokenizer does it, or with rewritten convolutions, in float32 (the same up to
+# rounding) or bfloat16.
+DECODERS: dict[str, Callable[[Tokenizer], Callable[[Tensor], Tensor]]] = {
+    "plain": lambda tokenizer: tokenizer.decode_unclamped,
+    "fast": FastDecoder,
+    "bf16": lambda tokenizer: FastDecoder(tokenizer, torch.bfloat16),
+}
 CARD_NAME = "README.md"
 PREVIEW_CLASSES = 32
 
@@ -43,10 +52,15 @@ class ImageGenerator:
     """Labels → pictures.
 
     The generator computes on its own device and in its own dtype; the tokenizer decodes in float32, one picture at a
-    time, where its weights are (the CPU, as loaded), so that pixels follow from the codes alone.
+    time, where its weights are (the CPU, as loaded), so that pixels follow from the codes alone. Set `resize` to get
+    pictures of another size than the model's.
     """
 
-    def __init__(self, gpt: GPT, tokenizer: UniTok, names: ClassNames | None = None, card: str | None = None) -> None:
+    resize: Resize | None = None
+
+    def __init__(
+        self, gpt: GPT, tokenizer: Tokenizer, names: ClassNames | None = None, card: str | None = None
+    ) -> None:
         """names: None numbers the classes.   card: the model card, README.md of the bundle.
 
         Raises ValueError when the tokenizer or the names do not fit the generator.
@@ -58,6 +72,11 @@ class ImageGenerator:
                 f"{len(self.names)} class names do not fit a generator of {gpt.config.num_classes} classes"
             )
         self.gpt, self.tokenizer, self.card = gpt.eval(), tokenizer.eval(), card
+        self.use_decoder("plain")
+
+    def use_decoder(self, name: str) -> None:
+        """Decode as a row of DECODERS says, from now on. ValueError where the tokenizer has no such decoder."""
+        self.decoder_name, self._to_images = name, DECODERS[name](self.tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -78,17 +97,17 @@ class ImageGenerator:
         chosen_dtype = _pick_dtype(dtype, chosen)
         folder = locate(path_or_hub_id)
         tokenizer_folder = folder if tokenizer is None else locate(tokenizer)
-        if tokenizer is None and not (folder / UniTok.part).is_dir():
-            raise ValueError(f"{folder} holds no {UniTok.part}/ folder: give a whole bundle, or --tokenizer as well")
+        if tokenizer is None and not (folder / TOKENIZER_PART).is_dir():
+            raise ValueError(f"{folder} holds no {TOKENIZER_PART}/ folder: give a whole bundle, or --tokenizer as well")
         check_fit(
             GPT.read_config(GPT.part_of(folder)),
-            UniTok.read_config(UniTok.part_of(tokenizer_folder)),
+            read_tokenizer_config(tokenizer_folder),
             where=f" ({folder} and {tokenizer_folder})",
         )
         card = folder / CARD_NAME
         return cls(
             GPT.from_pretrained(folder, device=chosen, dtype=chosen_dtype),
-            UniTok.from_pretrained(tokenizer_folder),
+            load_tokenizer(tokenizer_folder),
             ClassNames.load(folder),
             card.read_text(encoding="utf-8") if card.is_file() else None,
         )
@@ -165,14 +184,19 @@ class ImageGenerator:
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """codes (B, L, K) → B pictures, each decoded alone: convolutions round differently in batches."""
         device = next(self.tokenizer.parameters()).device
-        return [picture for row in codes.to(device) for picture in to_pil(self.tokenizer.decode(row[None]))]
+        return [picture for row in codes.to(device) for picture in to_pil(self.images(row[None]))]
+
+    def images(self, codes: Tensor) -> Tensor:
+        """codes (B, L, K) on the tokenizer's device → images (B, 3, H, W) in [-1, 1], resized where `resize` is set."""
+        images = self._to_images(codes)
+        return (images if self.resize is None else self.resize(images)).clamp(-1, 1)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
         """Write the whole bundle, complete or not at all, in place of what was there; `dtype` casts the weights."""
         folder = Path(folder)
         with replacing_folder(folder) as unfinished:
             self.gpt.save_pretrained(unfinished / GPT.part, dtype=dtype)
-            self.tokenizer.save_pretrained(unfinished / UniTok.part, dtype=dtype)
+            self.tokenizer.save_pretrained(unfinished / TOKENIZER_PART, dtype=dtype)
             self.names.save(unfinished)
             (unfinished / CARD_NAME).write_text(self.card or _default_card(self.gpt.config), encoding="utf-8")
         return folder
@@ -188,17 +212,12 @@ class ImageGenerator:
         return str(address)
 
 
-def check_fit(generator: GPTConfig, tokenizer: UniTokConfig, where: str = "") -> None:
-    """Raise ValueError, in one line, unless the tokenizer decodes exactly the codes that the generator makes."""
-    differences = [
-        f"{what} {theirs} instead of {ours}"
-        for what, ours, theirs in (
-            ("codebooks K =", generator.num_codebooks, tokenizer.num_codebooks),
-            ("codebook size V =", generator.codebook_size, tokenizer.codebook_size),
-            ("positions L =", generator.num_positions, tokenizer.num_positions),
-        )
-        if ours != theirs
-    ]
+def check_fit(generator: GPTConfig, tokenizer: Any, where: str = "") -> None:
+    """Raise ValueError, in one line, unless the tokenizer decodes exactly the codes that the generator makes.
+
+    tokenizer: the config of any tokenizer in the table.
+    """
+    differences = code_differences(tokenizer, generator)
     if differences:
         raise ValueError(
             f"the tokenizer does not fit the generator{where}: {', '.join(differences)}; "
@@ -214,13 +233,14 @@ def make_preview(
     They are the first of up to `classes` classes spread evenly over all, at seed 0 and without guidance. The tokenizer
     is read now, so that a wrong path ends a run before it starts.
     """
-    decoder = UniTok.from_pretrained(tokenizer).to(device)
+    decoder = load_tokenizer(tokenizer).to(device)
 
     def preview(gpt: GPT, png: Path) -> None:
         generator = ImageGenerator(gpt, decoder)
         count = gpt.config.num_classes
         labels = [i * count // min(classes, count) for i in range(min(classes, count))]
         groups = [(str(label), [picture]) for label, picture in zip(labels, generator(labels), strict=True)]
+        release(gpt)  # training needs the memory
         png.parent.mkdir(parents=True, exist_ok=True)
         with replacing(png) as file:
             labelled_grid(groups).save(file, format="PNG")

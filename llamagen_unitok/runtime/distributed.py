@@ -7,13 +7,17 @@ Started by ``torchrun`` the group is made from its environment (nccl on CUDA, gl
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,46 @@ class World:
         if self.size > 1:
             dist.broadcast(tensor, src=0)
 
+    def gather(self, array: np.ndarray) -> list[np.ndarray]:
+        """The arrays of all processes, in the order of their ranks, on the main one; an empty list on the others.
+
+        Shapes may differ; the number of axes and the dtype may not.
+        """
+        if self.size == 1:
+            return [array]
+        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        shapes = [torch.zeros(tensor.ndim, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        dist.all_gather(shapes, torch.tensor(tensor.shape, dtype=torch.int64, device=self.device))
+        if not self.is_main:
+            if tensor.numel():
+                dist.send(tensor, dst=0)
+            return []
+        gathered = [array]
+        for rank in range(1, self.size):
+            part = torch.empty(shapes[rank].tolist(), dtype=tensor.dtype, device=self.device)
+            if part.numel():
+                dist.recv(part, src=rank)
+            gathered.append(part.cpu().numpy())
+        return gathered
+
+    def share_outcome(self, compute: Callable[[], Outcome]) -> Outcome:
+        """What `compute` returns on the main process, on all of them; it runs there only. Its ValueError is shared too.
+
+        The result must be plain data: it travels as a pickle between the processes of one run.
+        """
+        if self.size == 1:
+            return compute()
+        outcome: list = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = compute()
+            except ValueError as error:
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if outcome[1] is not None:
+            raise ValueError(outcome[1])
+        return outcome[0]
+
     def any(self, flag: bool) -> bool:
         """True on every process as soon as it is true on one."""
         if self.size == 1:
@@ -60,7 +104,9 @@ class World:
         if self.size == 1:
             return module
         return nn.parallel.DistributedDataParallel(
-            module, device_ids=[self.device.index] if self.device.type == "cuda" else None
+            module,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
         )
 
     def share(self, global_batch: int) -> int:
@@ -68,6 +114,19 @@ class World:
         if global_batch % self.size:
             raise ValueError(f"--batch-size {global_batch} does not divide into {self.size} processes")
         return global_batch // self.size
+
+
+PRECISIONS = ("bf16", "tf32", "fp32")
+
+
+def set_float32_products(precision: str) -> None:
+    """How products of float32 tensors are computed on CUDA: in full under "fp32", else in TF32. The one place for it.
+
+    Under "bf16" these are the few products that stay float32.
+    """
+    exact = precision == "fp32"
+    torch.set_float32_matmul_precision("highest" if exact else "high")
+    torch.backends.cudnn.allow_tf32 = not exact
 
 
 def pick_device(name: str = "auto") -> torch.device:

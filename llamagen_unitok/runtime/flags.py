@@ -43,7 +43,8 @@ def add_flags(
 ) -> None:
     """One flag per field of a dataclass: its name with dashes, its type, default and metadata.
 
-    Metadata: `help`; `flag`, with its dashes, where it is not the field's name; `choices` where they are few.
+    Metadata: `help`; `flag`, with its dashes, where it is not the field's name; `choices`; `metavar`, where it is
+    neither the choices nor that of its type.
     rename: field → flag name without dashes, for a command that calls it something else.
     A field without default is a required flag; a bool field is a pair --name / --no-name.
     """
@@ -65,13 +66,14 @@ def add_flags(
             options["type"] = kind
             choices = field.metadata.get("choices")
             options["choices"] = choices
-            options["metavar"] = "|".join(choices) if choices else _METAVARS.get(kind, "NAME")
+            usual = "|".join(choices) if choices else _METAVARS.get(kind, "NAME")
+            options["metavar"] = field.metadata.get("metavar", usual)
         parser.add_argument(flag.replace("_", "-"), help=text, **options)
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
+def add_run_flags(parser: argparse.ArgumentParser, *, out_required: bool = True) -> None:
     """The flags that every training script has: where the run lives, what it goes on from, and on what it runs."""
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the run lives")
+    parser.add_argument("--out", type=Path, required=out_required, metavar="DIR", help="where the run lives")
     parser.add_argument("--resume", default="auto", help="auto (go on where OUT stopped), none, or a checkpoint")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
@@ -79,6 +81,25 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 def settings_from(settings: type[Settings], flags: argparse.Namespace) -> Settings:
     """The dataclass with the values of its flags; its own checks raise ValueError."""
     return settings(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(settings)})
+
+
+def list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """An argparse type: values of one kind with commas between them, such as ``1,1.5,2``."""
+
+    def parse(text: str) -> list[Any]:
+        try:
+            return [kind(part.strip()) for part in text.split(",")]
+        except ValueError:
+            what = {float: "numbers", int: "whole numbers"}.get(kind, "values")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of {what} with commas between them") from None
+
+    return parse
+
+
+def given_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> set[str]:
+    """The destinations of the flags that a command line names, whatever their values."""
+    written = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    return {action.dest for action in parser._actions if written & set(action.option_strings)}
 
 
 def _plain_type(kind: Any) -> type:

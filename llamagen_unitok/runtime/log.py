@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,7 +16,16 @@ class TrainingLog:
     Only the main process should have one. Lines of steps that a resumed run does again are dropped from metrics.jsonl.
     """
 
-    def __init__(self, out: Path, first_step: int, steps: int, batch_size: int):
+    def __init__(
+        self,
+        out: Path,
+        first_step: int,
+        steps: int,
+        batch_size: int,
+        figures: Callable[[float], dict[str, float]] | None = None,
+    ):
+        """figures(images per second): what else follows from the rate, such as MFU."""
+        self.figures = figures or (lambda _rate: {})
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "metrics.jsonl"
         self.batch_size = batch_size
@@ -43,13 +53,17 @@ class TrainingLog:
         now = time.perf_counter()
         rate = (step - last_step) * self.batch_size / (now - last_time)
         self._last = (step, now)
-        record = {"step": step, **values, "images_per_sec": rate}
+        self.record(step, {**values, "images_per_sec": rate, **self.figures(rate)})
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """Record `values` after `step` steps as they are."""
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({name: round(value, 6) for name, value in record.items()}) + "\n")
+            rounded = {name: float(f"{value:.7g}") for name, value in values.items()}
+            file.write(json.dumps({"step": step, **rounded}) + "\n")
         if self.board is not None:
-            for name, value in record.items():
+            for name, value in values.items():
                 self.board.add_scalar(name, value, step)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "step")
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.bar.write(f"step {step}  {shown}", file=self.bar.fp)
 
     def close(self) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
+
+import torch
 
 # Names and numbers of glibc's <malloc.h>.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -25,3 +28,11 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _LARGEST_INT), (_M_TOP_PAD, _PAD_BYTES))
     return all([mallopt(name, value) for name, value in settings])
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory so far: of the CUDA device since its counter was reset, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

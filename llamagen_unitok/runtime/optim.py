@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from llamagen_unitok.runtime.parallel import local
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
@@ -42,7 +45,8 @@ class EMA:
     """Exponential moving average of a module's parameters, in their own precision.
 
     The decay grows with the step as min(decay, (1 + step) / (10 + step)), so early weights are forgotten quickly.
-    Buffers are copied, not averaged.
+    Buffers are copied, not averaged. Of a sharded module each process averages its own part; `state` holds the same
+    DTensors as the module's state dict then.
     """
 
     def __init__(self, module: nn.Module, decay: float):
@@ -51,22 +55,25 @@ class EMA:
         self.decay = decay
         self.state = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
         self._parameters = [name for name, _ in module.named_parameters()]
+        self._buffers = sorted(self.state.keys() - set(self._parameters))
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Move towards `module` after optimizer step number `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        current = module.state_dict()
-        averaged = [self.state[name] for name in self._parameters]
-        torch._foreach_lerp_(averaged, [current[name] for name in self._parameters], 1 - decay)
-        for name in self.state.keys() - set(self._parameters):
-            self.state[name].copy_(current[name])
+        current = dict(module.named_parameters())
+        averaged = [local(self.state[name]) for name in self._parameters]
+        torch._foreach_lerp_(averaged, [local(current[name]) for name in self._parameters], 1 - decay)
+        rest = module.state_dict() if self._buffers else {}
+        for name in self._buffers:
+            self.state[name].copy_(rest[name])
 
 
 @torch.no_grad()
 def clip_gradients(parameters: list[Tensor], max_norm: float) -> Tensor:
     """Scale gradients to a total norm of at most `max_norm` (0 = leave them); returns the norm before, a tensor.
 
-    Nothing is read back to the host, so a GPU is not held up.
+    Gradients may be sharded: the norm is that of the whole. Nothing is read back to the host, so a GPU is not held up.
     """
-    return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf, foreach=True)
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf, foreach=True)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
