@@ -3,6 +3,7 @@
 from llamagen_unitok.sampling.decoding import decode, generate
 from llamagen_unitok.sampling.engines import ENGINES
 from llamagen_unitok.sampling.guidance import SCHEDULES
+from llamagen_unitok.sampling.kept import release
 from llamagen_unitok.sampling.settings import SamplingConfig
 
-__all__ = ["ENGINES", "SCHEDULES", "SamplingConfig", "decode", "generate"]
+__all__ = ["ENGINES", "SCHEDULES", "SamplingConfig", "decode", "generate", "release"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,14 +10,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llamagen_unitok.gpt import GPT
-from llamagen_unitok.sampling.engines import make_engine
-from llamagen_unitok.sampling.filters import choose
-from llamagen_unitok.sampling.guidance import guide
+from llamagen_unitok.sampling.draws import Draw
+from llamagen_unitok.sampling.engines import engine_class
+from llamagen_unitok.sampling.kept import kept_for
 from llamagen_unitok.sampling.seeds import MAX_SEED, picture_uniforms, running_indices
 from llamagen_unitok.sampling.settings import SamplingConfig
-
-# Logits (B, V) at (position, codebook) → codes (B,).
-Chooser = Callable[[Tensor, int, int], Tensor]
+from llamagen_unitok.sampling.steps import Chooser, Run
 
 
 def generate(
@@ -63,14 +61,10 @@ def generate(
 
     device = gpt.norm.weight.device
     uniforms = picture_uniforms(seed, index_list, gpt.config.num_positions, gpt.config.num_codebooks).to(device)
-
-    def sample(logits: Tensor, position: int, codebook: int) -> Tensor:
-        return choose(logits, uniforms[:, position, codebook], temperature, top_k, top_p)
-
     return decode(
         gpt,
         torch.tensor(label_list, dtype=torch.int64, device=device),
-        sample,
+        Draw(uniforms, temperature, top_k, top_p),
         config.scales(gpt.config.num_positions),
         engine=engine,
         progress=progress,
@@ -90,36 +84,31 @@ def decode(
 
     labels: (B,) int64 on the generator's device.   scales: the guidance scale at each position; positions from the
     first to the last whose scale is not 1 run the null class beside the labels, later ones do not.
-    Dropout is off during the call, whatever the generator's mode, which is left as it was.
+    Nothing in the loop waits for a CUDA device. Dropout is off during the call, whatever the generator's mode, which
+    is left as it was.
     """
-    batch, positions = labels.shape[0], len(scales)
-    guided = max((p + 1 for p, scale in enumerate(scales) if scale != 1), default=0)
-    # Allocated before inference mode, so that the caller can train on them.
-    codes = torch.empty(batch, positions, gpt.config.num_codebooks, dtype=torch.int64, device=labels.device)
+    run = Run(labels, tuple(scales), chooser)
+    engine_of = engine_class(engine, labels.device.type)
     was_training = gpt.training
     gpt.eval()
     try:
-        with torch.inference_mode():
-            rows = labels if not guided else torch.cat((labels, torch.full_like(labels, gpt.config.num_classes)))
-            steps = make_engine(engine, gpt, len(rows))
-            for p in tqdm(range(positions), desc="generating", unit="position", disable=not progress, leave=False):
-                both = 2 if p < guided else 1
-                if p == 0:
-                    hidden = steps.begin(rows)
-                else:
-                    if p == guided:
-                        steps.keep_rows(batch)
-                    hidden = steps.advance(codes[:, p - 1].repeat(both, 1))
-                previous = None
-                for k in range(gpt.config.num_codebooks):
-                    logits = guide(steps.head(hidden, previous).float(), batch, scales[p])  # (B, V)
-                    if p == 0 and k == 0 and not logits.isfinite().all():
-                        raise ValueError("the generator gives non-finite logits: its weights are damaged or overflow")
-                    codes[:, p, k] = chooser(logits, p, k)
-                    previous = codes[:, p, k].repeat(both)
+        with torch.inference_mode(), kept_for(gpt) as kept:
+            steps = engine_of(gpt, run, kept)
+            for p in tqdm(range(len(scales)), desc="generating", unit="position", disable=not progress, leave=False):
+                steps.position(p)  # the trunk's step, then for each codebook the depth head's step and the draw
+                if p == 0 and labels.device.type == "cpu":
+                    _check_finite(steps.finite)  # at once where looking costs nothing
+            _check_finite(steps.finite)
+            codes = steps.codes[:, : len(scales)]
     finally:
         gpt.train(was_training)
-    return codes
+    # Outside inference mode, so that the caller can train on them.
+    return codes.clone()
+
+
+def _check_finite(finite: Tensor) -> None:
+    if not finite:
+        raise ValueError("the generator gives non-finite logits: its weights are damaged or overflow")
 
 
 def _whole_numbers(name: str, values: Tensor | Sequence[int], end: int) -> list[int]:
