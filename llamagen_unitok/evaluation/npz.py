@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -91,16 +92,18 @@ class NpzReader:
         batches = list(self.batches(name, max(1, shape[0]) if shape else 1))
         return np.concatenate(batches).reshape(shape) if batches else np.empty(shape, self.dtypes[name])
 
-    def batches(self, name: str, rows: int) -> Iterator[np.ndarray]:
-        """The array from its first row to its last, `rows` at a time; the last batch may be short."""
+    def batches(self, name: str, rows: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """The array from row `start` to before row `stop` (its end), `rows` at a time; the last batch may be short."""
         shape, dtype = self._shape(name), self.dtypes[name]
-        left = shape[0] if shape else 1
+        length = shape[0] if shape else 1
+        left = (length if stop is None else min(stop, length)) - start
         row_shape = shape[1:]
         row_bytes = math.prod(row_shape) * dtype.itemsize
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as member:
                 _read_header(member)
-                while left:
+                member.seek(start * row_bytes, io.SEEK_CUR)
+                while left > 0:
                     count = min(rows, left)
                     yield np.frombuffer(_read_exactly(member, count * row_bytes), dtype).reshape(count, *row_shape)
                     left -= count

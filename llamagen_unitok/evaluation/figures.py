@@ -1,0 +1,228 @@
+"""Samples against a reference: all figures from one pass over the pictures, and the record that goes with them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llamagen_unitok.evaluation.extractors import EXTRACTORS, Extractor, make_extractor
+from llamagen_unitok.evaluation.features import FeatureSet, collect_features
+from llamagen_unitok.evaluation.images import ImageSource, NpzImages, open_images, size_text
+from llamagen_unitok.evaluation.metrics import METRICS, Metric
+from llamagen_unitok.evaluation.metrics.kid import SUBSET_ROWS
+from llamagen_unitok.evaluation.provenance import code_version, command_line, read_record
+from llamagen_unitok.evaluation.references import Reference
+from llamagen_unitok.runtime.distributed import World, pick_device
+
+
+class BiasedFigureWarning(UserWarning):
+    """A figure is computed, and is not what it seems."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How figures are measured."""
+
+    features: str = field(
+        default="inception",
+        metadata={"choices": tuple(EXTRACTORS), "metavar": "NAME", "help": f"network: {', '.join(EXTRACTORS)}"},
+    )
+    metrics: str | None = field(
+        default=None, metadata={"help": f"which, with commas: {','.join(METRICS)} (default: all that FEATURES gives)"}
+    )
+    batch_size: int = field(default=64, metadata={"help": "pictures at a time"})
+    inception_weights: Path | None = field(
+        default=None,
+        metadata={
+            "metavar": "FILE",
+            "help": "weights-inception-2015-12-05-6726825d.pth (default: torch-fidelity's download)",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size must be a whole number of at least 1, got {self.batch_size}")
+        if self.inception_weights and self.features != "inception":
+            raise ValueError(f"--inception-weights goes with --features inception, not {self.features}")
+
+    def metric_names(self) -> list[str] | None:
+        """The metrics asked for; None for all."""
+        return [name.strip() for name in self.metrics.split(",")] if self.metrics is not None else None
+
+
+def shared_extractor(settings: EvaluationSettings, world: World) -> Extractor:
+    """The extractor on this process's device; the main process is the first to make it, since that may download."""
+    made: list[Extractor] = []
+
+    def make_one() -> None:
+        made.append(make_extractor(settings.features, settings.inception_weights, world.device))
+
+    world.share_outcome(make_one)
+    if not made:
+        make_one()
+    return made[0]
+
+
+def figure_name(name: str, extractor: Extractor) -> str:
+    """What Inception's figure `name` is called for `extractor`: FID is FD-EfficientNet, IS_std IS-EfficientNet_std."""
+    if extractor.frechet_name == "FID":
+        return name
+    network = extractor.frechet_name.removeprefix("FD-")
+    stem, spread = name.removesuffix("_std"), "_std" if name.endswith("_std") else ""
+    return {"FID": "FD", "sFID": "sFD", "KID": "KD"}.get(stem, stem) + f"-{network}{spread}"
+
+
+def evaluate_samples(
+    samples: str | Path,
+    reference: str | Path,
+    extractor: Extractor,
+    *,
+    metrics: Sequence[str] | None = None,
+    batch_size: int = EvaluationSettings.batch_size,
+    progress: bool = True,
+    world: World | None = None,
+) -> dict[str, Any]:
+    """Figures of samples (.npz or folder) against a reference (ADM's .npz, any .npz of pictures, a folder).
+
+    metrics: names of METRICS, or of figures; None for all that the extractor and the reference allow. Each picture goes
+    through the extractor once; the reference's features are cached. With several processes each takes a share of the
+    pictures and all get the result. Distances are computed on the world's device, else on a GPU where there is one.
+
+    Returns the figures by name (`figure_name`), and num_samples, num_reference (pictures behind the statistics, None
+    where a file gave them and does not say), num_reference_rows (pictures for precision, recall and KID, None where
+    they were not needed), reference_hash and warnings.
+    Raises ValueError, in one line, for pictures that cannot be read or compared. Warns with BiasedFigureWarning.
+    """
+    source, real = open_images(samples), Reference(reference)
+    if real.images and real.images.size != source.size:
+        raise ValueError(
+            f"{samples} has pictures of {size_text(source.size)} pixels, but {reference} of "
+            f"{size_text(real.images.size)}: compare pictures of one size"
+        )
+    chosen, asked = _chosen(metrics, extractor), metrics is not None
+    if not asked and real.images is None:
+        chosen = {name: metric for name, metric in chosen.items() if "pool_rows" not in metric.of_reference}
+
+    reference_needs = {need for metric in chosen.values() for need in metric.of_reference}
+    if not asked:
+        reference_needs -= {"spatial"}  # only Inception gives them, and its references have them
+    seen_real = None
+    if reference_needs:
+        seen_real = real.features(extractor, reference_needs, batch_size=batch_size, progress=progress, world=world)
+    sample_needs = {need for metric in chosen.values() for need in metric.of_samples}
+    seen = collect_features(
+        source,
+        extractor,
+        sample_needs,
+        required=sample_needs if asked else (),
+        batch_size=batch_size,
+        world=world,
+        description="samples" if progress else None,
+    )
+
+    def compute() -> dict[str, Any]:
+        return _figures(chosen, asked, seen, seen_real or FeatureSet(None), real, extractor, world)
+
+    result = world.share_outcome(compute) if world else compute()
+    if world is None or world.is_main:
+        for text in result["warnings"]:
+            warnings.warn(text, BiasedFigureWarning, stacklevel=2)
+    return result
+
+
+def _chosen(names: Sequence[str] | None, extractor: Extractor) -> dict[str, Metric]:
+    if names is None:
+        return dict(METRICS)
+    by_name = {}
+    for key, metric in METRICS.items():
+        for name in (key, *metric.gives):
+            by_name |= {name.lower(): key, figure_name(name, extractor).lower(): key}
+    unknown = [name for name in names if name.lower() not in by_name]
+    if unknown or not names:
+        raise ValueError(
+            f"there is no metric {', '.join(map(repr, unknown)) or 'given'}: choose from {', '.join(METRICS)}"
+        )
+    wanted = {by_name[name.lower()] for name in names}
+    return {key: metric for key, metric in METRICS.items() if key in wanted}
+
+
+def _figures(
+    metrics: dict[str, Metric],
+    asked: bool,
+    samples: FeatureSet,
+    real: FeatureSet,
+    reference: Reference,
+    extractor: Extractor,
+    world: World | None,
+) -> dict[str, Any]:
+    device = world.device if world else pick_device()
+    result: dict[str, Any] = {}
+    for name, metric in metrics.items():
+        lacking = [need for need in metric.of_samples if getattr(samples, need) is None]
+        lacking += [need for need in metric.of_reference if getattr(real, need) is None]
+        if lacking and asked:
+            raise ValueError(f"{reference.path} cannot give {name}: it has no {', '.join(lacking)}")
+        if not lacking:
+            figures = metric.compute(samples, real, device)
+            result |= {figure_name(key, extractor): value for key, value in figures.items()}
+    return {
+        **result,
+        "num_samples": samples.count,
+        "num_reference": real.count,
+        "num_reference_rows": None if real.pool_rows is None else len(real.pool_rows),
+        "reference_hash": reference.content_hash,
+        "warnings": _warnings(metrics, samples, real, extractor),
+    }
+
+
+def _warnings(metrics: dict[str, Metric], samples: FeatureSet, real: FeatureSet, extractor: Extractor) -> list[str]:
+    texts = []
+    rows = min((len(one.pool_rows) for one in (samples, real) if one.pool_rows is not None), default=SUBSET_ROWS)
+    if "KID" in metrics and rows < SUBSET_ROWS:
+        texts.append(f"{figure_name('KID', extractor)} is over subsets of {rows:,} pictures, not {SUBSET_ROWS:,}")
+    if "FID" not in metrics:
+        return texts
+    for what, count in (("samples", samples.count), ("reference pictures", real.count)):
+        if count is not None and count <= extractor.width:
+            texts.append(
+                f"{extractor.frechet_name} of {count:,} {what} is biased upwards: a covariance of {extractor.width:,} "
+                f"features has rank {count - 1:,} at most, so spread that both sets have is missing from it. Compare "
+                "figures of equal counts only, and take 50,000 samples for a table"
+            )
+    return texts
+
+
+def evaluation_record(result: dict[str, Any], samples: str | Path, reference: str | Path, extractor: Extractor) -> dict:
+    """`evaluate_samples`'s result with all that says where it comes from: what ``--json`` writes."""
+    source: ImageSource = open_images(samples)
+    about = ("num_samples", "num_reference", "num_reference_rows", "reference_hash", "warnings")
+    return {
+        "figures": {name: value for name, value in result.items() if name not in about},
+        "samples": {
+            "name": source.path.name,
+            "count": result["num_samples"],
+            "size": list(source.size),
+            "record": read_record(source.path) if isinstance(source, NpzImages) else None,
+        },
+        "reference": {
+            "name": Path(reference).resolve().name,
+            "hash": result["reference_hash"],
+            "count": result["num_reference"],
+            "rows": result["num_reference_rows"],
+        },
+        "warnings": result["warnings"],
+        **origin(extractor),
+    }
+
+
+def origin(extractor: Extractor | None) -> dict[str, Any]:
+    """The part of a record that says with what, by which code and by which command figures were measured."""
+    network = extractor and {
+        "name": extractor.name,
+        "weights_hash": extractor.weights_hash,
+        "width": extractor.width,
+    }
+    return {"extractor": network, "code_version": code_version(), "command": command_line()}

@@ -1,0 +1,216 @@
+"""What samples are compared with: ADM's reference batches, any .npz of pictures, or a folder of them.
+
+What a network sees in a reference is computed once and kept beside it, under a name that follows from the contents of
+the reference and the weights of the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from llamagen_unitok.evaluation.extractors import Extractor
+from llamagen_unitok.evaluation.features import FeatureSet, collect_features
+from llamagen_unitok.evaluation.gaussian import Gaussian
+from llamagen_unitok.evaluation.images import ARRAY_NAME, FolderImages, ImageSource, open_images
+from llamagen_unitok.evaluation.npz import ArrayStream, NpzReader, write_npz
+from llamagen_unitok.evaluation.provenance import RECORD_NAME, as_array, code_version, command_line, read_record
+from llamagen_unitok.runtime.distributed import World
+from modelfolder import file_hash
+
+MOST_ROWS = 50_000  # of a reference, for precision, recall and KID
+ADM_PICTURES = 10_000  # in arr_0 of ADM's batches
+_ADM_STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+_CACHE_VERSION = 1
+_CHOICE_SEED = 0
+
+
+class Reference:
+    """Real pictures, or what is known of them. images: None for a file of statistics alone.
+
+    Raises ValueError, in one line, when there is nothing to compare with.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.images: ImageSource | None = None
+        self._reader: NpzReader | None = None
+        if self.path.is_dir() or not self.path.exists():
+            self.images = open_images(self.path)
+            return
+        self._reader = NpzReader(self.path)
+        if not self._has_statistics or ARRAY_NAME in self._reader:
+            self.images = open_images(self.path)
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of the file, or of the folder's pictures."""
+        return self.images.content_hash if self.images else file_hash(self.path)
+
+    @property
+    def _has_statistics(self) -> bool:
+        return self._reader is not None and all(name in self._reader for name in _ADM_STATISTICS["pool"])
+
+    def features(
+        self,
+        extractor: Extractor,
+        needs: Collection[str],
+        *,
+        batch_size: int,
+        progress: bool = True,
+        world: World | None = None,
+    ) -> FeatureSet | None:
+        """What `extractor` sees: statistics of ADM's layout for Inception, else from the cache, else of the pictures.
+
+        None on all processes but the main one. ValueError for needs that a file of statistics cannot meet.
+        """
+        main = world is None or world.is_main
+        given = self._given(extractor)
+        if set(needs) <= set(given):
+            return FeatureSet(None, **given) if main else None
+        if self.images is None:
+            missing = ", ".join(sorted(set(needs) - set(given))) or ", ".join(needs)
+            raise ValueError(f"{self.path} holds no pictures, only Inception statistics: it cannot give {missing}")
+        found = self._cached(extractor) if main else None
+        if not (world.any(found is not None) if world else found is not None):
+            found = collect_features(
+                self.images,
+                extractor,
+                ("pool", "spatial", "pool_rows"),
+                required=set(needs) - set(given),
+                batch_size=batch_size,
+                keep=chosen_pictures(self.images.count, MOST_ROWS),
+                world=world,
+                description="reference" if progress else None,
+            )
+            if main:
+                self._keep(extractor, found)
+        if not main:
+            return None
+        # never FID of the file's statistics beside sFID of its few pictures
+        return FeatureSet(None, **given, pool_rows=found.pool_rows) if given else found
+
+    def _given(self, extractor: Extractor) -> dict[str, Gaussian]:
+        """The statistics in the file, when they are this extractor's."""
+        if not self._has_statistics or extractor.frechet_name != "FID":
+            return {}
+        made_with = (read_record(self.path) or {}).get("extractor", {}).get("weights_hash", extractor.weights_hash)
+        if made_with != extractor.weights_hash:
+            raise ValueError(
+                f"{self.path} was made with other Inception weights ({made_with[:8]}…) than those in use "
+                f"({extractor.weights_hash[:8]}…): make it again with --make-reference"
+            )
+        given = {}
+        for name, (mean_name, cov_name) in _ADM_STATISTICS.items():
+            if mean_name in self._reader and cov_name in self._reader:
+                mean, cov = (self._reader.read(n).astype(np.float64) for n in (mean_name, cov_name))
+                if mean.ndim != 1 or cov.shape != (len(mean),) * 2 or not np.isfinite(cov).all():
+                    raise ValueError(f"{self.path}: {mean_name} and {cov_name} are no mean and covariance")
+                given[name] = Gaussian(mean, cov)
+        return given
+
+    def _cache_files(self, extractor: Extractor) -> list[Path]:
+        """Where the features may be kept: beside the reference, else among the user's cached files."""
+        key = f"{_CACHE_VERSION} {self.content_hash} {extractor.name} {extractor.weights_hash}"
+        name = f"{self.path.resolve().name}.{extractor.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamagen-unitok"
+        return [self.path.resolve().parent / name, user / name]
+
+    def _cached(self, extractor: Extractor) -> FeatureSet | None:
+        for file in self._cache_files(extractor):
+            # a damaged file is as good as none
+            with suppress(ValueError, OSError):
+                reader = NpzReader(file)
+                arrays = {name: reader.read(name) for name in reader.shapes}
+                pool = Gaussian(arrays["mu"], arrays["sigma"])
+                spatial = Gaussian(arrays["mu_s"], arrays["sigma_s"]) if "mu_s" in arrays else None
+                return FeatureSet(int(arrays["count"]), pool, spatial, arrays["pool_rows"])
+        return None
+
+    def _keep(self, extractor: Extractor, features: FeatureSet) -> None:
+        arrays = {"count": np.array(features.count), "pool_rows": features.pool_rows, **adm_statistics(features)}
+        for file in self._cache_files(extractor):
+            # one cannot always write beside the reference; without any cache it is only slower next time
+            with suppress(OSError):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_npz(file, arrays)
+                return
+
+
+def chosen_pictures(count: int, most: int) -> np.ndarray | None:
+    """(count,) bool, true for `most` of the pictures, drawn with a fixed seed; None when there are no more of them."""
+    if count <= most:
+        return None
+    chosen = np.zeros(count, dtype=bool)
+    chosen[np.random.RandomState(_CHOICE_SEED).choice(count, most, replace=False)] = True
+    return chosen
+
+
+def adm_statistics(features: FeatureSet) -> dict[str, np.ndarray]:
+    """mu, sigma and, where there are spatial features, mu_s and sigma_s."""
+    arrays = {}
+    for name, names in _ADM_STATISTICS.items():
+        if getattr(features, name) is not None:
+            arrays |= dict(zip(names, getattr(features, name), strict=True))
+    return arrays
+
+
+def make_reference(
+    pictures: Path,
+    out: Path,
+    extractor: Extractor,
+    *,
+    batch_size: int,
+    most: int = ADM_PICTURES,
+    progress: bool = True,
+    world: World | None = None,
+) -> None:
+    """Write a reference in ADM's layout: mu, sigma, mu_s and sigma_s of all pictures, and `most` of them in arr_0.
+
+    Pictures are read as a stream, twice. Which weights made the statistics is recorded in it, under `record`.
+    ValueError for another network than Inception, whose statistics this layout means.
+    """
+    if extractor.frechet_name != "FID":
+        raise ValueError(f"a reference in ADM's layout holds Inception statistics, not those of {extractor.name}")
+    source = open_images(pictures)
+    description = "statistics" if progress else None
+    features = collect_features(
+        source,
+        extractor,
+        ("pool", "spatial"),
+        required=("pool", "spatial"),
+        batch_size=batch_size,
+        world=world,
+        description=description,
+    )
+    if features is None:
+        return
+    chosen = chosen_pictures(source.count, most)
+    record = {
+        "pictures": source.count,
+        "content_hash": source.content_hash,
+        "extractor": {"name": extractor.name, "weights_hash": extractor.weights_hash},
+        "code_version": code_version(),
+        "command": command_line(),
+    }
+    shape = (min(source.count, most), *source.size, 3)
+    stream = ArrayStream(shape, np.dtype(np.uint8), _pictures(source, chosen, batch_size))
+    write_npz(out, {ARRAY_NAME: stream, **adm_statistics(features), RECORD_NAME: as_array(record)})
+
+
+def _pictures(source: ImageSource, chosen: np.ndarray | None, rows: int) -> Iterator[np.ndarray]:
+    if chosen is not None and isinstance(source, FolderImages):
+        yield from source.chosen(np.flatnonzero(chosen).tolist(), rows)
+        return
+    first = 0
+    for batch in source.batches(rows):
+        kept = batch if chosen is None else batch[chosen[first : first + len(batch)]]
+        first += len(batch)
+        if len(kept):
+            yield kept

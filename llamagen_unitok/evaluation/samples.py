@@ -1,0 +1,239 @@
+"""Large seeded runs: many pictures in one .npz, by any number of processes, resumable and always the same.
+
+Sample i of a run has the label that its scheme gives to i and the noise of (seed, i). The run is cut into batches of
+one shape and the batches into parts; a part is a file beside the .npz (``NAME.npz.parts/``) until all are there. Which
+process makes which part changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from llamagen_unitok.evaluation.npz import ArrayStream, NpzReader, write_npz
+from llamagen_unitok.evaluation.provenance import RECORD_NAME, as_array, code_version, read_record
+from llamagen_unitok.pipeline import ImageGenerator
+from llamagen_unitok.runtime.distributed import World
+from llamagen_unitok.runtime.files import replacing
+from llamagen_unitok.sampling import SamplingConfig, generate
+from llamagen_unitok.sampling.seeds import MAX_SEED
+from tokenizer.images import to_uint8
+
+PART_PICTURES = 256  # a part has at least so many, so that an interruption loses little and files stay few
+DECODE_ROWS = 16  # pictures that the tokenizer decodes at once
+JOB_NAME = "job.json"
+RECORD_FORMAT = "llamagen-unitok samples 1"
+
+
+def balanced_labels(count: int, classes: np.ndarray, seed: int) -> np.ndarray:
+    """The classes in turn: as many of each as of any other, or one more, in every run and every beginning of one."""
+    return classes[np.arange(count) % len(classes)]
+
+
+def random_labels(count: int, classes: np.ndarray, seed: int) -> np.ndarray:
+    """Classes drawn evenly, as the published samplers do; which ones follows from the seed."""
+    # No picture has this index, so the draws have no noise in common with one.
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, MAX_SEED], dtype=np.uint64)))
+    return classes[generator.integers(len(classes), size=count)]
+
+
+# (count, classes, seed) → labels (count,) int64; those of a shorter run are the first of a longer one.
+LABEL_SCHEMES: dict[str, Callable[[int, np.ndarray, int], np.ndarray]] = {
+    "balanced": balanced_labels,
+    "random": random_labels,
+}
+
+
+@dataclass(frozen=True)
+class SampleRun:
+    """What a large run is, beside how it samples. Raises ValueError for impossible values."""
+
+    num_samples: int = field(metadata={"flag": "--num-samples", "help": "pictures of a large run, over all classes"})
+    labels: str = field(
+        default="balanced",
+        metadata={"flag": "--labels", "help": "classes of a large run", "choices": tuple(LABEL_SCHEMES)},
+    )
+    batch_size: int = field(default=32, metadata={"flag": "--batch-size", "help": "pictures at a time"})
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be a whole number of at least 1, got {value!r}")
+        if self.labels not in LABEL_SCHEMES:
+            raise ValueError(f"--labels must be one of {', '.join(LABEL_SCHEMES)}, got {self.labels!r}")
+
+    @property
+    def part_size(self) -> int:
+        """Pictures in a part: whole batches."""
+        return self.batch_size * -(-PART_PICTURES // self.batch_size)
+
+    def parts(self) -> list[range]:
+        """The sample numbers of each part."""
+        size = self.part_size
+        return [range(i, min(i + size, self.num_samples)) for i in range(0, self.num_samples, size)]
+
+
+def sample_record(
+    generator: ImageGenerator,
+    models: dict[str, str],
+    run: SampleRun,
+    sampling: SamplingConfig,
+    *,
+    classes: list[int] | None = None,
+    engine: str = "auto",
+) -> dict[str, Any]:
+    """Everything that decides the pixels of a run, and nothing that does not (such as the number of processes).
+
+    models: which ones these are, see `provenance.model_record`; it reads all weights, so it is asked once a generator.
+    classes: those that labels are taken from; None = all.
+    """
+    parameter = generator.gpt.norm.weight
+    return {
+        "format": RECORD_FORMAT,
+        **models,
+        **dataclasses.asdict(sampling),
+        **dataclasses.asdict(run),
+        **({"resize": dataclasses.asdict(generator.resize)} if generator.resize else {}),
+        "classes": "all" if classes is None else classes,
+        "engine": engine,
+        "decoder": generator.decoder_name,
+        "device": parameter.device.type,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "code_version": code_version(),
+    }
+
+
+def run_samples(
+    generator: ImageGenerator, record: dict[str, Any], path: Path, world: World, *, progress: bool = True
+) -> int:
+    """Write the samples that a record (see `sample_record`) describes to `path`, an .npz that appears when complete.
+
+    It holds arr_0 (uint8, NHWC), label (int64, N), codes (uint16, N × L × K) and record. Parts that an interrupted run
+    left are kept; a complete file of the same record is left as it is. Memory does not grow with the run.
+    Returns how many pictures this process made.
+    Raises ValueError when `path` or its parts hold another run, and when the disk cannot take it.
+    """
+    run = SampleRun(**{f.name: record[f.name] for f in dataclasses.fields(SampleRun)})
+    if path.exists():
+        _refuse_other_run(path, read_record(path), record)
+        return 0
+    parts_folder = path.with_name(path.name + ".parts")
+
+    def prepare() -> None:
+        _open_parts(parts_folder, record)
+        _check_disk(generator, run, path)
+
+    world.share_outcome(prepare)
+    parts = run.parts()
+    names = [parts_folder / f"part-{i:05d}-of-{len(parts):05d}.npz" for i in range(len(parts))]
+    mine = range(world.rank, len(parts), world.size)
+    missing = [i for i in mine if not names[i].exists()]
+    labels = _labels(generator, run, record)
+    made = sum(len(parts[i]) for i in missing)
+    generator.tokenizer.to(generator.gpt.norm.weight.device)
+    generator.use_decoder(generator.decoder_name)  # one that holds weights of its own follows
+    with tqdm(
+        total=sum(len(parts[i]) for i in mine),
+        initial=sum(len(parts[i]) for i in mine) - made,
+        desc=path.name,
+        unit="picture",
+        disable=not (progress and world.is_main),
+        dynamic_ncols=True,
+    ) as bar:
+        for i in missing:
+            write_npz(names[i], _make_part(generator, record, run, labels, parts[i], bar))
+    world.barrier()
+    if world.is_main:
+        _merge(names, parts, labels, record, path)
+        shutil.rmtree(parts_folder, ignore_errors=True)
+    world.barrier()
+    return made
+
+
+def _labels(generator: ImageGenerator, run: SampleRun, record: dict[str, Any]) -> np.ndarray:
+    classes = range(generator.gpt.config.num_classes) if record["classes"] == "all" else record["classes"]
+    return LABEL_SCHEMES[run.labels](run.num_samples, np.asarray(classes, dtype=np.int64), record["seed"])
+
+
+def _make_part(
+    generator: ImageGenerator, record: dict[str, Any], run: SampleRun, labels: np.ndarray, numbers: range, bar: tqdm
+) -> dict[str, np.ndarray]:
+    sampling = {f.name: record[f.name] for f in dataclasses.fields(SamplingConfig)}
+    pixels, codes = [], []
+    for first in range(numbers.start, numbers.stop, run.batch_size):
+        indices = [min(i, numbers.stop - 1) for i in range(first, first + run.batch_size)]  # the last batch is padded
+        count = min(run.batch_size, numbers.stop - first)
+        try:
+            batch = generate(
+                generator.gpt, labels[indices].tolist(), indices=indices, engine=record["engine"], **sampling
+            )
+            images = torch.cat([generator.images(rows) for rows in batch.split(DECODE_ROWS)])
+        except torch.OutOfMemoryError:
+            raise ValueError(f"out of memory with batches of {run.batch_size}: use a smaller --batch-size") from None
+        pixels.append(to_uint8(images)[:count])
+        codes.append(batch[:count].cpu().numpy().astype(np.uint16))
+        bar.update(count)
+    return {"arr_0": np.concatenate(pixels), "codes": np.concatenate(codes)}
+
+
+def _merge(names: list[Path], parts: list[range], labels: np.ndarray, record: dict[str, Any], path: Path) -> None:
+    readers = [NpzReader(name) for name in names]
+
+    def stream(array: str) -> ArrayStream:
+        def batches() -> Iterator[np.ndarray]:
+            for reader, numbers in zip(readers, parts, strict=True):
+                yield from reader.batches(array, len(numbers))
+
+        first = readers[0]
+        return ArrayStream((len(labels), *first.shapes[array][1:]), first.dtypes[array], batches())
+
+    write_npz(
+        path, {"arr_0": stream("arr_0"), "label": labels, "codes": stream("codes"), RECORD_NAME: as_array(record)}
+    )
+
+
+def _open_parts(folder: Path, record: dict[str, Any]) -> None:
+    """Start the folder of parts, or go on with one of the same run."""
+    job = folder / JOB_NAME
+    if job.exists():
+        _refuse_other_run(folder, json.loads(job.read_text(encoding="utf-8")), record)
+        return
+    folder.mkdir(exist_ok=True)
+    with replacing(job) as file:
+        file.write((json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _refuse_other_run(where: Path, found: dict[str, Any] | None, record: dict[str, Any]) -> None:
+    """ValueError unless `found` is `record`; another code version is no other run."""
+    found = found or {}
+    differing = [
+        f"{name} {found.get(name)} there, {record.get(name)} now"
+        for name in sorted((found.keys() | record.keys()) - {"code_version"})
+        if found.get(name) != record.get(name)
+    ]
+    if differing:
+        more = ", …" if len(differing) > 3 else ""
+        raise ValueError(
+            f"{where} holds other samples ({'; '.join(differing[:3])}{more}): remove it, or write to another file"
+        )
+
+
+def _check_disk(generator: ImageGenerator, run: SampleRun, path: Path) -> None:
+    """The parts and the merged file are there side by side for a moment."""
+    config = generator.gpt.config
+    picture_bytes = 3 * generator.tokenizer.config.img_size**2 + 2 * config.num_positions * config.num_codebooks
+    needed, free = 2 * picture_bytes * run.num_samples, shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise ValueError(
+            f"{path} needs {needed / 1e9:.1f} GB of disk while it is written, but {free / 1e9:.1f} GB are free"
+        )
