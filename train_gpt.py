@@ -2,38 +2,116 @@
 """Code shards → a generator. One process, or many with torchrun.
 
 python train_gpt.py --codes DIR --model B --out runs/b
-torchrun --nproc-per-node 8 train_gpt.py --codes DIR --model XXL --batch-size 1024 --out runs/xxl
+torchrun --nproc-per-node 8 train_gpt.py --codes DIR --recipe unitok-cfgfree --out runs/xxl
+python train_gpt.py --recipe unitok-cfgfree --dry-run --gpus 8
+python train_gpt.py --codes DIR --out runs/xxl --export bundles/xxl --preview TOKENIZER
 """
 
+import argparse
 import sys
+from pathlib import Path
 
+from llamagen_unitok.published.convert import read_names
 from llamagen_unitok.runtime.distributed import processes
-from llamagen_unitok.runtime.flags import Parser, add_flags, add_run_flags, run_cli, settings_from
+from llamagen_unitok.runtime.flags import Parser, add_flags, add_run_flags, given_flags, run_cli, settings_from
+from llamagen_unitok.training.data import read_meta
+from llamagen_unitok.training.dry_run import IMAGENET, DryRun, dry_run
+from llamagen_unitok.training.export import export, load_trained
 from llamagen_unitok.training.generator import GeneratorTraining, train_generator
 from llamagen_unitok.training.loop import LoopConfig
+from llamagen_unitok.training.preflight import preflight
+from llamagen_unitok.training.recipes import Plan, Resolved, count_steps, describe, resolve
+from llamagen_unitok.training.validation import split
+
+RUN_SETTINGS = (GeneratorTraining, LoopConfig)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("Train a generator on codes; OUT/generator holds it, OUT/checkpoints what --resume needs.")
-    add_run_flags(parser)
+    add_run_flags(parser, out_required=False)
     parser.add_argument("--preview", metavar="TOKENIZER", help="draw pictures with this tokenizer at each checkpoint")
-    add_flags(parser, GeneratorTraining)
-    add_flags(parser, LoopConfig)
+    parser.add_argument(
+        "--export", type=Path, metavar="DIR", help="write the generator of the run at OUT there, and end"
+    )
+    parser.add_argument("--export-weights", default="ema", metavar="ema|raw", help="averaged (default) or raw weights")
+    parser.add_argument("--class-names", metavar="FILE", help="what labels must mean: a labels.json, or imagenet")
+    parser.add_argument("--check", action="store_true", help="check codes, classes, --preview and disk, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="say what the run would cost, and stop")
+    for settings in (Plan, *RUN_SETTINGS, DryRun):
+        add_flags(parser, settings)
     flags = parser.parse_args(argv)
 
     def body() -> None:
-        settings, loop = settings_from(GeneratorTraining, flags), settings_from(LoopConfig, flags)
-        with processes(flags.device) as world:
-            preview = None
-            if flags.preview and world.is_main:
-                from llamagen_unitok.pipeline import make_preview
-
-                preview = make_preview(flags.preview, device=world.device)
-            folder = train_generator(settings, loop, out=flags.out, resume=flags.resume, world=world, preview=preview)
-            if world.is_main:
-                print(folder)
+        resolved = resolve(vars(flags), given_flags(parser, argv), RUN_SETTINGS)
+        resolved.take(Plan)
+        if flags.out is None and not flags.dry_run:
+            raise ValueError("--out is missing: give the folder where the run will live")
+        if flags.export:
+            print(export_run(flags))
+            return
+        codes, held_out = resolved.values["codes"], resolved.values["held_out"]
+        if codes is None and not flags.dry_run:
+            raise ValueError("--codes is missing: give a folder of code shards, or --dry-run to count without one")
+        meta = IMAGENET if codes is None else read_meta(Path(codes))
+        trained, _ = split(sum(meta.shard_sizes), held_out, resolved.values["seed"])
+        resolved = count_steps(resolved, len(trained), len(meta.views))
+        training, loop = (resolved.take(settings) for settings in RUN_SETTINGS)
+        if training.preview_every and not flags.preview:
+            raise ValueError("--preview-every needs --preview: give the tokenizer to draw with")
+        if flags.dry_run:
+            costs = settings_from(DryRun, flags)
+            print(describe(resolved))
+            print(dry_run(costs, training.architecture_for(meta), training, loop, len(trained)))
+            return
+        run(flags, resolved, training, loop)
 
     return run_cli(body)
+
+
+def run(flags: argparse.Namespace, resolved: Resolved, training: GeneratorTraining, loop: LoopConfig) -> None:
+    """Preflight, then training; with --check the whole preflight, and no training."""
+    names = read_names(flags.class_names, "--class-names") if flags.class_names else None
+    with processes(flags.device) as world:
+        report = preflight(
+            training, loop, out=flags.out, resume=flags.resume, world=world, tokenizer=flags.preview, names=names,
+            thorough=flags.check,
+        )  # fmt: skip
+        if world.is_main:
+            print(report, file=sys.stdout if flags.check else sys.stderr)
+        if flags.check:
+            report.check()
+            return
+        preview = None
+        if flags.preview and world.is_main:
+            from llamagen_unitok.pipeline import make_preview
+
+            preview = make_preview(flags.preview, device=world.device)
+        folder = train_generator(
+            training,
+            loop,
+            out=flags.out,
+            resume=flags.resume,
+            world=world,
+            preview=preview,
+            record={"recipe": resolved.recipe, "source": resolved.source, "differs": resolved.differs},
+            announce=lambda: print(describe(resolved), file=sys.stderr),
+        )
+        if world.is_main:
+            print(folder)
+
+
+def export_run(flags: argparse.Namespace) -> Path:
+    """A generator folder; with --preview TOKENIZER a whole bundle, whose classes are named as those of the codes."""
+    if not flags.preview:
+        return export(flags.out, flags.export, flags.export_weights)
+    from llamagen_unitok.labels import ClassNames
+    from llamagen_unitok.pipeline import ImageGenerator, load_tokenizer
+
+    if flags.codes is None:
+        raise ValueError("--export with --preview names the classes as the codes do: give --codes as well")
+    gpt = load_trained(flags.out, flags.export_weights)
+    names = ClassNames(read_meta(flags.codes).class_names)
+    return ImageGenerator(gpt, load_tokenizer(flags.preview), names).save_pretrained(flags.export)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ shard-00000-of-00064.safetensors            codes uint16 (N, A, L, K), A augment
 from __future__ import annotations
 
 import bisect
-import hashlib
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -21,13 +21,16 @@ import torch
 from safetensors.numpy import save as safetensors_bytes
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 from llamagen_unitok.runtime.distributed import World
 from llamagen_unitok.runtime.files import replacing
-from modelfolder import add_file
+from modelfolder import file_hash
 
 META_NAME = "meta.json"
 FORMAT = "llamagen-unitok codes 1"
+VERIFY_THREADS = 8
+MOST_NAMED = 5  # damaged shards in one error line
 
 
 def shard_name(index: int, count: int) -> str:
@@ -72,13 +75,6 @@ def write_meta(folder: Path, meta: CodeMeta) -> Path:
     return _write_atomically(folder / META_NAME, (json.dumps(asdict(meta), indent=1) + "\n").encode())
 
 
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    add_file(digest, path)
-    return digest.hexdigest()
-
-
 def _write_atomically(path: Path, data: bytes) -> Path:
     with replacing(path) as file:
         file.write(data)
@@ -89,7 +85,7 @@ class CodeShards:
     """Memory-mapped shards as one sequence: ``shards[i, view]`` → (label, codes (L, K) int64).
 
     Opening checks that every shard is there, has its full length and the shapes of meta.json, and raises ValueError
-    that names the file otherwise; checksums are read by `verify` only.
+    that names the files otherwise; checksums are read by `verify` only. A copy in another process maps the files anew.
     """
 
     def __init__(self, folder: str | Path):
@@ -99,9 +95,16 @@ class CodeShards:
         self.paths = [self.folder / shard_name(i, count) for i in range(count)]
         self._starts = [0, *accumulate(self.meta.shard_sizes)]
         shape = (len(self.meta.views), self.meta.num_positions, self.meta.num_codebooks)
-        self._maps = [
-            _map_shard(path, (size, *shape)) for path, size in zip(self.paths, self.meta.shard_sizes, strict=True)
-        ]
+        self._maps, problems = [], []
+        for path, size in zip(self.paths, self.meta.shard_sizes, strict=True):
+            try:
+                self._maps.append(_map_shard(path, (size, *shape)))
+            except ValueError as error:
+                problems.append(str(error))
+        _raise_any(problems)
+
+    def __reduce__(self) -> tuple[type[CodeShards], tuple[Path]]:
+        return CodeShards, (self.folder,)  # a pickled memory map would be all the codes
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -113,15 +116,46 @@ class CodeShards:
         row = index - self._starts[shard]
         return int(labels[row]), codes[row, view].astype(np.int64)
 
+    def entries(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Labels (n,) int64 and codes (n, A, L, K) uint16 of these entries, with all their views."""
+        labels = np.empty(len(indices), dtype=np.int64)
+        meta = self.meta
+        codes = np.empty((len(indices), len(meta.views), meta.num_positions, meta.num_codebooks), dtype=np.uint16)
+        for row, index in enumerate(indices):
+            shard = bisect.bisect_right(self._starts, index) - 1
+            shard_codes, shard_labels = self._maps[shard]
+            codes[row] = shard_codes[index - self._starts[shard]]
+            labels[row] = shard_labels[index - self._starts[shard]]
+        return labels, codes
+
+    def labels(self) -> np.ndarray:
+        """(N,) int64, all labels."""
+        return np.concatenate([labels for _, labels in self._maps])
+
     def verify(self) -> None:
-        """Read every byte: ValueError names a shard whose checksum, codes or labels are not what meta.json says."""
-        for path, expected, (codes, labels) in zip(self.paths, self.meta.checksums, self._maps, strict=True):
-            if checksum(path) != expected:
-                raise ValueError(f"{path} is damaged: its checksum is not the one in {META_NAME}; extract it again")
-            if codes.size and codes.max() >= self.meta.codebook_size:
-                raise ValueError(f"{path} has code {codes.max()}, but codebooks have {self.meta.codebook_size} entries")
-            if labels.size and not (0 <= labels.min() and labels.max() < len(self.meta.class_names)):
-                raise ValueError(f"{path} has labels outside [0, {len(self.meta.class_names)})")
+        """Read every byte: ValueError names all shards whose checksum, codes or labels are not what meta.json says."""
+        with ThreadPoolExecutor(usable_workers(VERIFY_THREADS)) as pool:
+            found = pool.map(self._problem, range(len(self.paths)))
+            problems = list(tqdm(found, total=len(self.paths), desc="checking shards", unit="shard", delay=2))
+        _raise_any([problem for problem in problems if problem])
+
+    def _problem(self, index: int) -> str | None:
+        path, (codes, labels) = self.paths[index], self._maps[index]
+        if file_hash(path) != self.meta.checksums[index]:
+            return f"{path} is damaged: its checksum is not the one in {META_NAME}"
+        if codes.size and codes.max() >= self.meta.codebook_size:
+            return f"{path} has code {codes.max()}, but codebooks have {self.meta.codebook_size} entries"
+        if labels.size and not (0 <= labels.min() and labels.max() < len(self.meta.class_names)):
+            return f"{path} has labels outside [0, {len(self.meta.class_names)})"
+        return None
+
+
+def _raise_any(problems: list[str]) -> None:
+    if problems:
+        shown = "; ".join(problems[:MOST_NAMED]) + (
+            f"; and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
+        )
+        raise ValueError(f"{shown}: run extract_codes.py on the folder again, it makes these shards and no others")
 
 
 def read_meta(folder: Path) -> CodeMeta:
@@ -144,7 +178,7 @@ def read_meta(folder: Path) -> CodeMeta:
 def _map_shard(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """(codes, labels) of a shard, memory-mapped; ValueError unless they have exactly these shapes."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing: extract it again, or copy the whole folder")
+        raise ValueError(f"{path} is missing")
     wanted = {"codes": ("U16", np.uint16, shape), "labels": ("I64", np.int64, shape[:1])}
     try:
         with open(path, "rb") as file:
@@ -162,8 +196,17 @@ def _map_shard(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarr
                 raise ValueError("it is shorter than its header says")
             maps[name] = np.memmap(path, dtype=dtype, mode="r", offset=begin, shape=expected)
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no sound shard ({error}): extract it again") from None
+        raise ValueError(f"{path} is no sound shard ({error})") from None
     return maps["codes"], maps["labels"]
+
+
+def is_sound_shard(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether there is a shard of full length with codes of this shape (N, A, L, K); its bytes are not looked at."""
+    try:
+        _map_shard(path, shape)
+    except ValueError:
+        return False
+    return True
 
 
 class TrainingCodes(Dataset):
@@ -209,6 +252,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         """The index of the example that is number `draw` of the whole run."""
         epoch, position = divmod(draw, self.length)
         if self._epoch[0] != epoch:
+            del self._epoch  # before the next order is drawn: one of them in memory is enough
             self._epoch = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.length))
         return int(self._epoch[1][position])
 

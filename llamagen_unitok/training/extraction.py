@@ -3,134 +3,266 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import DataLoader, Subset
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from llamagen_unitok.grid import labelled_grid
+from llamagen_unitok.labels import ClassNames, check_classes
 from llamagen_unitok.runtime.distributed import World
 from llamagen_unitok.runtime.files import replacing
 from llamagen_unitok.training.data import (
+    META_NAME,
     CodeMeta,
     CodeShards,
-    checksum,
+    is_sound_shard,
+    read_meta,
     shard_name,
     usable_workers,
     write_meta,
     write_shard,
 )
-from llamagen_unitok.training.images import VIEWS, PictureViews
-from modelfolder import content_hash
-from tokenizer import UniTok
+from llamagen_unitok.training.images import VIEWS, PictureViews, Views
+from llamagen_unitok.training.sources import PictureSource, SourceOptions, fingerprint, open_source
+from modelfolder import content_hash, file_hash
+from tokenizer import Tokenizer
+from tokenizer.images import psnr, to_pil, to_unit
 
 JOB_NAME = "job.json"
+INDEX_NAME = "index"  # folder of the headers of tar shards
+VERIFY_NAME = "verify.png"
+MOST_ENTRIES = 1 << 16  # of a codebook
 
 
 @dataclass(frozen=True)
 class Extraction:
     """Settings of an extraction."""
 
-    images: Path = field(metadata={"help": "folder with one subfolder of pictures for each class"})
-    views: str = field(default="centre", metadata={"help": f"views of each picture: {', '.join(VIEWS)}"})
+    images: Path = field(
+        metadata={
+            "help": "a folder with one subfolder of pictures for each class, or tar (webdataset) or parquet files: a "
+            "folder of them, or train-{0000..0145}.tar",
+            "metavar": "SOURCE",
+        }
+    )
+    views: str = field(default="centre", metadata={"help": "views of each picture", "choices": [*VIEWS]})
+    crop_ranges: str = field(
+        default="1.1",
+        metadata={
+            "help": "ten-crop: crops are cut from a square this many times as large; 1.1,1.05 gives the published two "
+            "sets, twenty views",
+            "metavar": "X,…",
+        },
+    )
+    image_column: str = field(default="image", metadata={"help": "parquet: the column of pictures"})
+    label_column: str = field(default="label", metadata={"help": "parquet: the column of classes; tar: entry of .json"})
     shard_size: int = field(default=20_000, metadata={"help": "pictures in a shard"})
-    batch_size: int = field(default=64, metadata={"help": "pictures (each with all its views) in a batch"})
-    workers: int = field(default=4, metadata={"help": "data-loading processes per process"})
+    batch_size: int = field(
+        default=64, metadata={"help": "pictures (each with all its views) in a batch; rounding may depend on it"}
+    )
+    dtype: str = field(
+        default="fp32", metadata={"help": "of the encoder; the quantizer is fp32", "choices": ["fp32", "bf16"]}
+    )
+    workers: int = field(default=4, metadata={"help": "threads that read pictures, per process"})
+    verify: int = field(
+        default=0, metadata={"help": f"decode this many random entries into OUT/{VERIFY_NAME}, beside the originals"}
+    )
 
     def __post_init__(self) -> None:
         if self.views not in VIEWS:
             raise ValueError(f"--views must be one of {', '.join(VIEWS)}, not {self.views!r}")
-        for name in ("shard_size", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.dtype not in ("fp32", "bf16"):
+            raise ValueError(f"--dtype must be fp32 or bf16, not {self.dtype!r}")
+        for name, least in (("shard_size", 1), ("batch_size", 1), ("workers", 1), ("verify", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
+        default = type(self).__dataclass_fields__["crop_ranges"].default
+        if self.views != "ten-crop" and self.crop_ranges != default:
+            raise ValueError(f"--crop-ranges {self.crop_ranges} is for --ten-crop; --views {self.views} has none")
+        self.cuts()
+
+    def cuts(self) -> Views:
+        """The views of a picture. ValueError for crop ranges that are not numbers from 1 to 10."""
+        try:
+            ranges = [float(text) for text in self.crop_ranges.split(",")]
+        except ValueError:
+            ranges = []
+        if not ranges or not all(1 <= crop_range <= 10 for crop_range in ranges):
+            raise ValueError(f"--crop-ranges {self.crop_ranges} must be numbers from 1 to 10 with commas between them")
+        return VIEWS[self.views](ranges)
 
 
 def extract_codes(
-    tokenizer: UniTok,
+    tokenizer: Tokenizer,
     tokenizer_folder: Path,
     settings: Extraction,
     *,
     out: Path,
     world: World,
-    class_names: list[str] | None = None,
+    names: ClassNames | None = None,
     tokenizer_name: str | None = None,
 ) -> CodeShards:
-    """Write the codes of all pictures of a folder to `out`; shards that an interrupted run left are kept.
+    """Write the codes of all pictures of a source to `out`, and meta.json when they are complete.
 
-    Process r writes the shards r, r + world, …; the main process then writes meta.json. class_names: by label;
-    default the names of the subfolders. Raises ValueError when `out` holds other codes.
+    Process r writes the shards r, r + world, …; every batch has one shape, the last of a shard padded, so that a
+    shard does not depend on the number of processes. An interrupted run goes on with the shards that are missing; a
+    complete one is checked against its checksums, and only damaged shards are made again.
+    names: what the labels mean, and the order that classes must have; default the source's own, else numbers.
+    Raises ValueError, in one line, when `out` holds other codes and for a picture that cannot be read.
     """
     config = tokenizer.config
-    pictures = PictureViews(settings.images, config.img_size, settings.views)
-    folders = pictures.pictures.classes
-    if class_names is not None and len(class_names) != len(folders):
-        raise ValueError(f"{len(class_names)} class names, but {settings.images} has {len(folders)} subfolders")
-    shards = [range(len(pictures))[i : i + settings.shard_size] for i in range(0, len(pictures), settings.shard_size)]
+    if config.codebook_size > MOST_ENTRIES:
+        raise ValueError(f"codebooks of {config.codebook_size} entries do not fit the shards' uint16")
+    options = SourceOptions(settings.image_column, settings.label_column, out / INDEX_NAME)
+    source = open_source(settings.images, options, world)
+    class_names = names_of_classes(source, names, settings.images)
+    views = settings.cuts()
+    total = len(source.labels)
+    shards = [range(total)[i : i + settings.shard_size] for i in range(0, total, settings.shard_size)]
     count = len(shards)
-    job = {
-        "tokenizer_hash": content_hash(tokenizer_folder),
-        "views": settings.views,
-        "shard_size": settings.shard_size,
-        "pictures": len(pictures),
-    }
-    _start_or_continue(out, job, world)
-    tokenizer = tokenizer.to(world.device).eval()
+    tokenizer_hash = content_hash(tokenizer_folder)
 
-    mine = [i for i in range(world.rank, count, world.size) if not (out / shard_name(i, count)).exists()]
-    total = sum(len(shards[i]) for i in mine)
-    with tqdm(total=total, desc="pictures", unit="picture", disable=not world.is_main, dynamic_ncols=True) as bar:
+    def start() -> dict[str, str]:
+        job = {
+            "tokenizer_hash": tokenizer_hash,
+            "views": views.names,
+            "shard_size": settings.shard_size,
+            "batch_size": settings.batch_size,
+            "dtype": settings.dtype,
+            "pictures": total,
+            "order of pictures": fingerprint(source),
+        }
+        return _start_or_continue(out, job)
+
+    known = world.share_outcome(start)  # checksums of an earlier complete run
+    tokenizer = tokenizer.to(world.device).eval()
+    pictures = PictureViews(source, config.img_size, views)
+    shape = (len(views.names), config.num_positions, config.num_codebooks)
+
+    checksums = np.zeros((count, 64), dtype=np.uint8)  # hexadecimal digits; rows of other processes stay zero
+    mine = range(world.rank, count, world.size)
+    with tqdm(
+        total=sum(len(shards[i]) for i in mine), unit="picture", disable=not world.is_main, dynamic_ncols=True
+    ) as bar:
         for index in mine:
-            codes, labels = _encode_rows(tokenizer, pictures, shards[index], settings, world, bar)
-            write_shard(out, index, count, codes, labels)
-    world.barrier()
+            path = out / shard_name(index, count)
+            found = file_hash(path) if is_sound_shard(path, (len(shards[index]), *shape)) else None
+            if found is None or found != known.get(path.name, found):
+                if path.exists():
+                    tqdm.write(f"{path} is damaged: making it again", file=sys.stderr)
+                codes = np.empty((len(shards[index]), *shape), dtype=np.uint16)
+                for first, batch in _encoded(tokenizer, pictures, shards[index], settings, world):
+                    codes[first : first + len(batch)] = batch
+                    bar.update(len(batch))
+                found = file_hash(write_shard(out, index, count, codes, source.labels[shards[index]]))
+            else:
+                bar.update(len(shards[index]))
+            checksums[index] = np.frombuffer(found.encode(), dtype=np.uint8)
+    gathered = world.gather(checksums)
     if world.is_main:
-        paths = [out / shard_name(i, count) for i in range(count)]
         meta = CodeMeta(
             tokenizer=tokenizer_name or str(tokenizer_folder.name),
-            tokenizer_hash=job["tokenizer_hash"],
+            tokenizer_hash=tokenizer_hash,
             img_size=config.img_size,
             grid=config.grid,
             num_codebooks=config.num_codebooks,
             codebook_size=config.codebook_size,
-            views=VIEWS[settings.views][0],
-            class_names=class_names or folders,
+            views=views.names,
+            class_names=class_names,
             shard_sizes=[len(rows) for rows in shards],
-            checksums=[checksum(path) for path in paths],
+            checksums=[row.tobytes().decode() for row in sum(gathered)],
         )
         write_meta(out, meta)
     world.barrier()
     return CodeShards(out)
 
 
-def _encode_rows(
-    tokenizer: UniTok, pictures: PictureViews, rows: range, settings: Extraction, world: World, bar: tqdm
-) -> tuple[np.ndarray, np.ndarray]:
-    """codes (N, A, L, K) and labels (N,) of some pictures."""
-    loader = DataLoader(
-        Subset(pictures, rows),
-        batch_size=settings.batch_size,
-        num_workers=usable_workers(settings.workers),
-        pin_memory=world.device.type == "cuda",
-    )
-    codes, labels = [], []
-    for images, label in loader:  # (B, A, 3, H, W), (B,)
-        flat = tokenizer.encode(images.flatten(0, 1).to(world.device, non_blocking=True))  # (B·A, L, K)
-        codes.append(flat.unflatten(0, images.shape[:2]).cpu().numpy())
-        labels.append(label.numpy())
-        bar.update(len(label))
-    return np.concatenate(codes), np.concatenate(labels)
+def names_of_classes(source: PictureSource, names: ClassNames | None, images: Path) -> list[str]:
+    """What the labels of a source mean: given names, else its own, else numbers.
+
+    Raises ValueError, in one line, when there are labels without a name, or classes in another order than `names`.
+    """
+    highest = int(source.labels.max())
+    if names is not None:
+        if source.class_names is not None:
+            check_classes(names, source.class_names, what="class of the pictures")
+        class_names = names.names
+    else:
+        class_names = source.class_names or ClassNames.numbered(highest + 1).names
+    if highest >= len(class_names):
+        raise ValueError(f"--images {images} has label {highest}, but there are {len(class_names)} class names")
+    return class_names
 
 
-def _start_or_continue(out: Path, job: dict, world: World) -> None:
+def _encoded(
+    tokenizer: Tokenizer, pictures: PictureViews, rows: range, settings: Extraction, world: World
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(position within rows, codes (B, A, L, K) int64) of one batch after the other."""
+    first = 0
+    for images in pictures.batches(rows, settings.batch_size, usable_workers(settings.workers)):
+        padding = np.repeat(images[-1:], settings.batch_size - len(images), axis=0)
+        codes = encode_views(tokenizer, np.concatenate([images, padding]), settings.dtype, world.device)
+        yield first, codes[: len(images)].cpu().numpy()
+        first += len(images)
+
+
+def encode_views(tokenizer: Tokenizer, views: np.ndarray, dtype: str, device: torch.device) -> Tensor:
+    """uint8 (B, A, H, W, 3) → codes (B, A, L, K) int64 on the device; dtype: "fp32", or "bf16" for the encoder only.
+
+    Raises ValueError when the device has too little memory.
+    """
+    images = to_unit(torch.from_numpy(views).flatten(0, 1).to(device))
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+            return tokenizer.encode(images).unflatten(0, views.shape[:2])
+    except torch.OutOfMemoryError:
+        raise ValueError(f"out of memory with {len(images)} views in a batch: use a smaller --batch-size") from None
+
+
+@torch.no_grad()
+def verify_codes(tokenizer: Tokenizer, shards: CodeShards, settings: Extraction, out: Path, seed: int = 0) -> float:
+    """Decode random entries into OUT/verify.png, each beside its original; returns their mean PSNR in dB.
+
+    Codes that do not belong to their pictures, or to this tokenizer, are seen at once. It reads the shards on disk and
+    the pictures anew.
+    """
+    options = SourceOptions(settings.image_column, settings.label_column, out / INDEX_NAME)
+    device = next(tokenizer.parameters()).device
+    source = open_source(settings.images, options, World(0, 1, device))
+    pictures = PictureViews(source, shards.meta.img_size, settings.cuts())
+    rng = np.random.default_rng(seed)
+    groups, ratios = [], []
+    for index in rng.choice(len(shards), size=min(settings.verify, len(shards)), replace=False):
+        view = int(rng.integers(len(shards.meta.views)))
+        label, codes = shards[int(index), view]
+        original = to_unit(pictures[int(index)][view])[None]
+        decoded = tokenizer.decode(torch.from_numpy(codes)[None].to(device)).cpu()
+        ratios.append(psnr(decoded, original).item())
+        groups.append((shards.meta.class_names[label], to_pil(torch.cat([original, decoded]))))
+    with replacing(out / VERIFY_NAME) as file:
+        labelled_grid(groups).save(file, format="PNG")
+    return float(np.mean(ratios))
+
+
+def _start_or_continue(out: Path, job: dict) -> dict[str, str]:
+    """Note the job in an empty folder, else check that it is the same; checksums by name where codes are complete."""
     path = out / JOB_NAME
-    if path.exists():
-        earlier = json.loads(path.read_text())
-        if earlier != job:
-            differing = ", ".join(sorted(k for k in job if earlier.get(k) != job[k]))
-            raise ValueError(f"--out {out} holds codes of another job (other {differing}): give an empty folder")
-    elif world.is_main:
+    if not path.exists():
         out.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             file.write((json.dumps(job, indent=1) + "\n").encode())
-    world.barrier()
+        return {}
+    earlier = json.loads(path.read_text())
+    if earlier != job:
+        differing = ", ".join(sorted(k for k in job if earlier.get(k) != job[k]))
+        raise ValueError(f"--out {out} holds codes of another job (other {differing}): give an empty folder")
+    if not (out / META_NAME).exists():
+        return {}
+    checksums = read_meta(out).checksums
+    return {shard_name(i, len(checksums)): value for i, value in enumerate(checksums)}

@@ -1,8 +1,12 @@
-"""Pictures from a folder, for training a tokenizer and for extracting codes."""
+"""Pictures as tensors: for training a tokenizer, and as the views that extraction encodes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,27 +14,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from tokenizer.images import load_rgb, to_unit
+from llamagen_unitok.training.sources import PictureSource, open_image_folder
+from tokenizer.images import adm_centre_crop, to_unit
 
 BICUBIC = v2.InterpolationMode.BICUBIC
-
-
-def open_image_folder(folder: Path) -> ImageFolder:
-    """torchvision's ImageFolder (one subfolder a class), pictures composed on white. ValueError if there are none."""
-    if not folder.is_dir():
-        raise ValueError(f"--images {folder} is not a folder: give one with a subfolder of pictures for each class")
-    try:
-        return ImageFolder(str(folder), loader=load_rgb)
-    except (FileNotFoundError, RuntimeError):
-        raise ValueError(f"--images {folder} has no pictures in subfolders: one subfolder for each class") from None
-
-
-def centre_crop(size: int) -> Callable[[Image.Image], Image.Image]:
-    """Shorter side to `size` pixels (bicubic), then the middle square; a picture of that size is left as it is."""
-    return v2.Compose([v2.Resize(size, interpolation=BICUBIC), v2.CenterCrop(size)])
+BATCHES_AHEAD = 2  # read while one is encoded
 
 
 class TrainingPictures(Dataset):
@@ -42,7 +32,7 @@ class TrainingPictures(Dataset):
         crop = (
             v2.RandomResizedCrop(size, scale=(crop_scale, 1), interpolation=BICUBIC)
             if crop_scale < 1
-            else centre_crop(size)
+            else partial(adm_centre_crop, size=size)
         )
         self.augment = v2.Compose([crop, v2.RandomHorizontalFlip()]) if flip else crop
 
@@ -58,39 +48,78 @@ class TrainingPictures(Dataset):
             return (to_unit(np.asarray(self.augment(picture))),)
 
 
-def ten_crop(size: int, enlarge: float = 1.1) -> Callable[[Image.Image], list[Image.Image]]:
-    """The recipe's ten views: resize to `enlarge` × size, four corners and the middle, then these five mirrored."""
-    return v2.Compose([v2.Resize(int(size * enlarge), interpolation=BICUBIC), v2.TenCrop(size)])
+def centre(picture: Image.Image, size: int) -> list[Image.Image]:
+    """The ADM centre crop."""
+    return [adm_centre_crop(picture, size)]
 
 
-# How extraction turns one picture into its views: name → (names of the views, size → picture → views).
-VIEWS: dict[str, tuple[list[str], Callable[[int], Callable[[Image.Image], list[Image.Image]]]]] = {
-    "centre": (["centre"], lambda size: lambda picture: [centre_crop(size)(picture)]),
-    "flip": (
-        ["centre", "centre mirrored"],
-        lambda size: lambda picture: [(crop := centre_crop(size)(picture)), ImageOps.mirror(crop)],
-    ),
-    "ten-crop": (
-        [
-            place + side
-            for side in ("", " mirrored")
-            for place in ("top left", "top right", "bottom left", "bottom right", "centre")
-        ],
-        ten_crop,
-    ),
+def centre_and_mirrored(picture: Image.Image, size: int) -> list[Image.Image]:
+    """The ADM centre crop, and the same mirrored."""
+    return [(crop := adm_centre_crop(picture, size)), ImageOps.mirror(crop)]
+
+
+def ten_crop(picture: Image.Image, size: int, crop_range: float) -> list[Image.Image]:
+    """LlamaGen's ten crops (arXiv 2406.06525): corners and middle of a larger square, then of its mirror image.
+
+    The square is the ADM centre crop to the whole part of `crop_range` × `size`.
+    """
+    return list(v2.functional.ten_crop(adm_centre_crop(picture, int(crop_range * size)), [size, size]))
+
+
+TEN_CROP_NAMES = [
+    side + place
+    for side in ("", "mirrored, ")
+    for place in ("top left", "top right", "bottom left", "bottom right", "centre")
+]
+
+
+@dataclass(frozen=True)
+class Views:
+    """How extraction turns one picture into its A views. names: (A,) of the views; cut(picture, size) gives them."""
+
+    names: list[str]
+    cut: Callable[[Image.Image, int], list[Image.Image]]
+
+
+def ten_crop_views(crop_ranges: Sequence[float]) -> Views:
+    """Ten crops for each range; the published sets are 1.1 and, as a second one, 1.05."""
+    return Views(
+        [f"{crop_range:g}: {name}" for crop_range in crop_ranges for name in TEN_CROP_NAMES],
+        lambda picture, size: [view for crop_range in crop_ranges for view in ten_crop(picture, size, crop_range)],
+    )
+
+
+# --views → crop ranges → views; only ten-crop has ranges.
+VIEWS: dict[str, Callable[[Sequence[float]], Views]] = {
+    "centre": lambda _: Views(["centre"], centre),
+    "flip": lambda _: Views(["centre", "centre mirrored"], centre_and_mirrored),
+    "ten-crop": ten_crop_views,
 }
 
 
-class PictureViews(Dataset):
-    """index → (views (A, 3, H, W) in [-1, 1], label)."""
+class PictureViews:
+    """index → the views of a picture of `source`, uint8 (A, size, size, 3)."""
 
-    def __init__(self, folder: Path, size: int, views: str):
-        self.pictures = open_image_folder(folder)
-        self.views = VIEWS[views][1](size)
+    def __init__(self, source: PictureSource, size: int, views: Views):
+        self.source, self.size, self.views = source, size, views
 
-    def __len__(self) -> int:
-        return len(self.pictures)
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.stack([np.asarray(view) for view in self.views.cut(self.source.load(index), self.size)])
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        picture, label = self.pictures[index]
-        return torch.stack([to_unit(np.asarray(view)) for view in self.views(picture)]), label
+    def batches(self, rows: range, batch_size: int, threads: int) -> Iterator[np.ndarray]:
+        """The views of pictures in order, uint8 (B, A, size, size, 3); threads read the next batches meanwhile.
+
+        Pillow decodes and resizes outside the interpreter lock. Raises ValueError that names an unreadable picture.
+        """
+        rest = iter(rows)
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                waiting: list[list[Future]] = []
+                while True:
+                    while len(waiting) <= BATCHES_AHEAD and (indices := list(islice(rest, batch_size))):
+                        waiting.append([pool.submit(self.__getitem__, index) for index in indices])
+                    if not waiting:
+                        return
+                    yield np.stack([views.result() for views in waiting.pop(0)])
+            finally:
+                pool.shutdown(cancel_futures=True)

@@ -8,22 +8,39 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.utils.data import Dataset
 
-from llamagen_unitok.runtime.checkpoint import find_checkpoint, load_checkpoint, read_meta, save_checkpoint
-from llamagen_unitok.runtime.distributed import World
+from llamagen_unitok.runtime.agreement import Agreement
+from llamagen_unitok.runtime.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, read_meta
+from llamagen_unitok.runtime.distributed import PRECISIONS, World, set_float32_products
 from llamagen_unitok.runtime.log import TrainingLog
-from llamagen_unitok.runtime.memory import keep_freed_memory
+from llamagen_unitok.runtime.memory import keep_freed_memory, peak_bytes
 from llamagen_unitok.runtime.optim import EMA, clip_gradients, decay_groups, lr_factor
+from llamagen_unitok.runtime.parallel import (
+    COMPILE,
+    PARALLEL,
+    RECOMPUTE,
+    ParallelModule,
+    gather_state,
+    wrap_blocks,
+)
 from llamagen_unitok.training.data import step_batches
 
 
@@ -41,20 +58,48 @@ class LoopConfig:
     beta2: float = field(default=0.95, metadata={"help": "AdamW decay of the squared gradient"})
     grad_clip: float = field(default=1.0, metadata={"help": "largest gradient norm; 0 = no clipping"})
     ema: float = field(default=0.0, metadata={"help": "decay per step of the averaged weights, e.g. 0.9999; 0 = none"})
-    precision: str = field(default="bf16", metadata={"help": "bf16 (autocast) or fp32"})
-    compile: bool = field(default=False, metadata={"help": "torch.compile the model"})
+    precision: str = field(
+        default="bf16",
+        metadata={
+            "help": "of products: bf16, tf32 (CUDA) or fp32; weights are always fp32",
+            "metavar": "|".join(PRECISIONS),
+        },
+    )
+    accumulate: int = field(default=1, metadata={"help": "parts that each process's batch is computed in, for memory"})
+    parallel: str = field(
+        default="auto",
+        metadata={
+            "help": "ddp replicates, fsdp shards over all processes, hsdp within nodes",
+            "metavar": "|".join(PARALLEL),
+        },
+    )
+    shard_size: int = field(default=0, metadata={"help": "hsdp: processes that share one copy; 0 = those of a node"})
+    checkpoint_activations: str = field(
+        default="none",
+        metadata={"help": "what is computed again to save memory", "metavar": "|".join(RECOMPUTE)},
+    )
+    compile: str = field(
+        default="auto", metadata={"help": "torch.compile the blocks; auto = on CUDA", "metavar": "|".join(COMPILE)}
+    )
     seed: int = field(default=0, metadata={"help": "decides weights, order of data, dropout"})
     workers: int = field(default=4, metadata={"help": "data-loading processes per training process"})
     log_every: int = field(default=100, metadata={"help": "steps between log lines"})
     save_every: int = field(default=1000, metadata={"help": "steps between checkpoints"})
-    keep: int = field(default=2, metadata={"help": "checkpoints kept"})
+    keep: int = field(default=2, metadata={"help": "newest checkpoints kept"})
+    keep_every: int = field(default=0, metadata={"help": "checkpoints of every so many steps are kept too; 0 = none"})
+    async_save: bool = field(default=True, metadata={"help": "write checkpoints while training goes on"})
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
+        for name in ("steps", "batch_size", "log_every", "save_every", "keep", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if self.precision not in ("bf16", "fp32"):
-            raise ValueError(f"--precision must be bf16 or fp32, not {self.precision!r}")
+        for name in ("shard_size", "keep_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         if not self.lr > 0:
             raise ValueError(f"--lr must be above 0, not {self.lr}")
         if self.warmup_steps >= self.steps:
@@ -64,13 +109,34 @@ class LoopConfig:
         lr_factor(0, steps=self.steps, warmup_steps=0, schedule=self.lr_schedule)
 
 
+_CHOICES = {"precision": PRECISIONS, "parallel": PARALLEL, "checkpoint_activations": RECOMPUTE, "compile": COMPILE}
+
+
 class Objective(Protocol):
-    """What a loop trains: an nn.Module whose forward(*batch) gives the loss and named scalar tensors to log."""
+    """What a loop trains: an nn.Module whose forward(*batch, draws) gives the loss, a mean over the batch, and named
+    scalar tensors to log.
+
+    draws (B,) float32: one uniform number in [0, 1) for each sample, the same whatever the number of processes and
+    micro-batches; random choices per sample follow from it.
+    """
 
     def __call__(self, *batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]: ...
 
+    def blocks(self) -> list[nn.Module]:
+        """The blocks that are compiled, recomputed and sharded one by one; may be empty."""
+
     def after_step(self, step: int, world: World) -> None:
         """Called after each optimizer step, e.g. to look after codebooks."""
+
+
+class Watcher(Protocol):
+    """Looks at the run after a step, on every process."""
+
+    def __call__(self, step: int, weights: Callable[[], dict[str, Tensor]]) -> dict[str, float]:
+        """Numbers to log; none at most steps.
+
+        weights(): the state to pass on (averaged if there is an EMA); all processes must call it together.
+        """
 
 
 def train(
@@ -83,51 +149,94 @@ def train(
     world: World,
     meta: dict[str, Any],
     on_save: Callable[[dict[str, Tensor], int], None],
+    on_start: Callable[[], None] | None = None,
+    watchers: Sequence[Watcher] = (),
+    figures: Callable[[float], dict[str, float]] | None = None,
 ) -> None:
     """Train `objective` until `config.steps`, from the checkpoint that `resume` means (see find_checkpoint).
 
     dataset: takes (index, draw) to a tuple of tensors; see step_batches for the order.
     meta: JSON that identifies the run; a checkpoint made with another one is refused.
-    on_save(state, step): called on the main process after each checkpoint with the weights to pass on (averaged ones if
-    there is an EMA).
-    Raises FloatingPointError when the loss is not finite, before the step that would spoil the weights, and
-    KeyboardInterrupt on SIGINT or SIGTERM, after a checkpoint of the last full step.
+    on_save(state, step): called on the main process with each checkpoint, with the whole weights to pass on (averaged
+    ones if there is an EMA).
+    on_start(): called once on the main process when the run is known to be sound, before its first step.
+    watchers: called in turn on every process after every step.
+    figures(images per second): more numbers that follow from the rate, for the log.
+    Raises FloatingPointError, on all processes, when a loss or the gradient norm is not finite: the weights are not
+    spoiled by it. Raises OSError when the last checkpoint cannot be written; for an earlier one, a line on stderr says
+    so and training goes on. Raises KeyboardInterrupt on SIGINT or SIGTERM, after a checkpoint of the last full step.
     """
     meta = {**meta, "loop": {k: v for k, v in dataclasses.asdict(config).items() if k not in _MAY_CHANGE}}
-    if world.device.type == "cpu":
+    if world.share(config.batch_size) % config.accumulate:
+        raise ValueError(
+            f"--accumulate {config.accumulate} does not divide the {world.share(config.batch_size)} pictures of a "
+            f"process (--batch-size {config.batch_size} over {world.size} processes)"
+        )
+    on_cuda = world.device.type == "cuda"
+    if not on_cuda:
         keep_freed_memory()
-    objective.to(world.device).train()
+    set_float32_products(config.precision)
+    blocks = objective.blocks()
+    wrap_blocks(blocks, config.checkpoint_activations, config.compile == "on" or (config.compile == "auto" and on_cuda))
+    model = ParallelModule(
+        objective.train(),
+        world,
+        parallel=config.parallel,
+        shard_size=config.shard_size,
+        bf16=config.precision == "bf16",
+        blocks=blocks,
+    )
     optimizer = torch.optim.AdamW(
         decay_groups(objective, config.weight_decay),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
-        fused=world.device.type == "cuda",
+        fused=on_cuda,
     )
     ema = EMA(objective, config.ema) if config.ema else None
     parameters = [p for p in objective.parameters() if p.requires_grad]
 
     step = 0
-    found = find_checkpoint(out, resume)
+    found = world.share_outcome(lambda: find_checkpoint(out, resume))
     if found is not None:
         _check_same_run(found, meta)
         state = _run_state(objective, optimizer, ema)
-        load_checkpoint(found, state, world)
-        objective.load_state_dict(state["model"])
+        load_checkpoint(found, state)
+        set_model_state_dict(objective, state["model"])
         set_optimizer_state_dict(objective, optimizer, state["optimizer"])
         step = int(read_meta(found)["step"])
-    elif resume == "none" and find_checkpoint(out, "auto") is not None:
+    elif resume == "none" and world.share_outcome(lambda: find_checkpoint(out, "auto")) is not None:
         raise ValueError(f"{out} already holds a run: continue it with --resume auto, or give another --out")
 
-    wrapped = world.wrap(objective)
-    if config.compile:
-        wrapped = torch.compile(wrapped)
-    log = TrainingLog(out, step, config.steps, config.batch_size) if world.is_main else None
+    checkpoints = Checkpoints(
+        out, meta, world, keep=config.keep, keep_every=config.keep_every, background=config.async_save
+    )
+    if on_start and world.is_main:
+        on_start()
+    log = TrainingLog(out, step, config.steps, config.batch_size, figures) if world.is_main else None
+    agreement = Agreement(world)
     first_step = saved_step = step
 
-    def save() -> None:
-        save_checkpoint(out, step, _run_state(objective, optimizer, ema), meta, world, config.keep)
+    def weights() -> dict[str, Tensor]:
+        return gather_state(ema.state if ema else get_model_state_dict(objective), world)
+
+    def pass_on() -> None:
+        state = weights()
+        failure = ""
         if world.is_main:
-            on_save(ema.state if ema else objective.state_dict(), step)
+            try:
+                on_save(state, step)
+            except (OSError, SafetensorError) as error:
+                failure = f"the model of step {step} could not be written: {error}"
+        if world.any(bool(failure)) and step == config.steps:
+            raise OSError(failure or "the main process could not write the model")
+        if failure:
+            print(failure, file=sys.stderr, flush=True)
+
+    def save() -> None:
+        agreement.settle()
+        _share_buffers(objective, ema, world)
+        checkpoints.save(step, _run_state(objective, optimizer, ema))
+        pass_on()
 
     sums: dict[str, Tensor] = {}
     summed = 0
@@ -142,24 +251,20 @@ def train(
                 workers=config.workers,
                 world=world,
             )
-            while step < config.steps and not world.any(stop.requested):
+            while step < config.steps and not agreement.stop:
                 factor = lr_factor(
                     step, steps=config.steps, warmup_steps=config.warmup_steps, schedule=config.lr_schedule
                 )
                 for group in optimizer.param_groups:
                     group["lr"] = config.lr * factor
-                batch = next(source)
+                batch = (*next(source), sample_draws(config.seed, step, config.batch_size, world))
                 seed_step(config.seed, step, world.rank)
 
-                with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    loss, scalars = wrapped(*(t.to(world.device, non_blocking=True) for t in batch))
-                loss.backward()
+                loss, scalars = forward_backward(model, batch, config.accumulate)
                 norm = clip_gradients(parameters, config.grad_clip)
-                if not bool(torch.isfinite(norm)):
-                    raise FloatingPointError(
-                        f"loss {loss.item():g} or gradient norm {norm.item():g} is not finite at step {step} on rank "
-                        f"{world.rank}: lower --lr, or resume with --precision fp32"
-                    )
+                skip = agreement.exchange(step, loss, norm, stop.requested)
+                if on_cuda:
+                    optimizer.found_inf = skip
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 if ema:
@@ -173,39 +278,91 @@ def train(
                 if log:
                     log.advance()
                 if step % config.log_every == 0 or step == config.steps:
-                    means = {name: world.mean(total).item() / summed for name, total in sums.items()}
-                    sums, summed = {}, 0
+                    means = world.mean(torch.stack([total.float() for total in sums.values()]) / summed).tolist()
                     if log:
-                        log.write(step, {**means, "lr": config.lr * factor})
+                        figures_now = {**dict(zip(sums, means, strict=True)), "lr": config.lr * factor}
+                        log.write(step, {**figures_now, "memory_gb": peak_bytes(world.device) / 1e9})
+                    sums, summed = {}, 0
+                for watch in watchers:
+                    seen = watch(step, weights)
+                    if seen and log:
+                        log.record(step, seen)
                 if step % config.save_every == 0 or step == config.steps:
                     save()
                     saved_step = step
-            if stop.requested and step < config.steps:
-                if saved_step != step:
-                    save()
+            agreement.settle()
+            if agreement.stop and step < config.steps and saved_step != step:
+                save()
+            checkpoints.settle()
+            if checkpoints.failure:
+                raise OSError(checkpoints.failure)
+            if agreement.stop and step < config.steps:
                 raise KeyboardInterrupt
-            if step == first_step and world.is_main:
+            if step == first_step:
                 # Killed after its last checkpoint: what is passed on may be missing or older.
-                on_save(ema.state if ema else objective.state_dict(), step)
+                pass_on()
         finally:
+            checkpoints.close()
             if log:
                 log.close()
 
 
+def forward_backward(
+    model: ParallelModule, batch: tuple[Tensor, ...], accumulate: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Gradients of the mean loss over `batch`, in `accumulate` equal parts one after the other; returns that loss and
+    the means of what the objective logs.
+
+    Gradients are exchanged once, with the last part.
+    """
+    device = model.world.device
+    parts = zip(*(t.to(device, non_blocking=True).chunk(accumulate) for t in batch), strict=True)
+    mean, means = torch.zeros((), device=device), {}
+    for number, part in enumerate(parts, start=1):
+        with model.micro_batch(last=number == accumulate):
+            loss, scalars = model(*part)
+            (loss / accumulate).backward()
+        mean = mean + loss.detach() / accumulate
+        for name, value in scalars.items():
+            means[name] = means.get(name, 0) + value.detach() / accumulate
+    return mean, means
+
+
 # Settings that a resumed run may change without becoming another run.
-_MAY_CHANGE = ("workers", "log_every", "save_every", "keep", "compile")
+_MAY_CHANGE = (
+    "workers", "log_every", "save_every", "keep", "keep_every", "async_save",
+    "accumulate", "parallel", "shard_size", "checkpoint_activations", "compile",
+)  # fmt: skip
+
+
+def sample_draws(seed: int, step: int, global_batch: int, world: World) -> Tensor:
+    """Uniform numbers in [0, 1), float32, for this process's samples of a step's global batch.
+
+    They follow from the seed, the step and the sample's place in the batch, not from the number of processes.
+    """
+    share = world.share(global_batch)
+    draws = np.random.default_rng([seed, 2, step]).random(global_batch, dtype=np.float32)
+    return torch.from_numpy(draws[world.rank * share : (world.rank + 1) * share])
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch's global generators for one step of one process: dropout and label dropout follow from these three."""
+    """Seed torch's global generators for one step of one process: dropout inside the model follows from these three."""
     mixed = torch.tensor([seed, step, rank], dtype=torch.int64)
     factors = torch.tensor([6364136223846793005, 1442695040888963407, 3935559000370003845], dtype=torch.int64)
     torch.manual_seed(int((mixed + 1).mul(factors).sum()) & (2**63 - 1))
 
 
+def _share_buffers(objective: nn.Module, ema: EMA | None, world: World) -> None:
+    """Give all the main process's buffers, as DDP does at each forward: a checkpoint then holds one value of each."""
+    for name, buffer in objective.named_buffers():
+        world.broadcast(buffer)
+        if ema and name in ema.state:
+            ema.state[name].copy_(buffer)
+
+
 def _run_state(objective: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> dict[str, Any]:
     state: dict[str, Any] = {
-        "model": objective.state_dict(),
+        "model": get_model_state_dict(objective),
         "optimizer": get_optimizer_state_dict(objective, optimizer),
     }
     if ema:

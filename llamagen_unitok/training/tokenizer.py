@@ -23,6 +23,9 @@ class TokenizerTraining:
 
     images: Path = field(metadata={"help": "folder with one subfolder of pictures for each class"})
     init: str | None = field(default=None, metadata={"help": "start from the weights of this bundle or tokenizer"})
+    freeze_encoder: bool = field(
+        default=False, metadata={"help": "train what follows the codes only, so that codes already made stay valid"}
+    )
     crop_scale: float = field(default=1.0, metadata={"help": "smallest area of random crops, 0 to 1; 1 = centre crop"})
     flip: bool = field(default=False, metadata={"help": "mirror half of the pictures"})
     l1: float = field(default=0.2, metadata={"help": "weight of the mean absolute error"})
@@ -34,23 +37,27 @@ class TokenizerTraining:
     restart_until: float = field(default=0.5, metadata={"help": "share of the run, 0 to 1, after which moves stop"})
 
     def __post_init__(self) -> None:
+        if self.freeze_encoder and not self.init:
+            raise ValueError("--freeze-encoder needs --init, the tokenizer whose encoder is kept")
         if not 0 < self.crop_scale <= 1:
             raise ValueError(f"--crop-scale must lie in (0, 1], not {self.crop_scale}")
 
 
 class TokenizerObjective(nn.Module):
-    """forward(images (B, 3, H, W)) → (loss, terms to log)."""
+    """forward(images (B, 3, H, W)) → (loss, terms to log). Nothing is drawn per sample: `draws` are not looked at."""
 
     def __init__(self, tokenizer: UniTok, settings: TokenizerTraining, loop: LoopConfig):
         super().__init__()
         self.tokenizer = tokenizer.to(memory_format=torch.channels_last)
         self.weights = {"l1": settings.l1, "l2": settings.l2, "vq": settings.vq}
-        self.restart_every = settings.restart_every
+        self.restart_every = 0 if settings.freeze_encoder else settings.restart_every
+        if settings.freeze_encoder:
+            tokenizer.freeze_encoder()
         self.last_restart = int(settings.restart_until * loop.steps)
         self.seed = loop.seed
         self._latents: Tensor | None = None
 
-    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, images: Tensor, draws: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         images = images.contiguous(memory_format=torch.channels_last)
         result = self.tokenizer(images)
         self._latents = result.latents.detach()
@@ -59,6 +66,10 @@ class TokenizerObjective(nn.Module):
             decibels = psnr(result.images.clamp(-1, 1), images).mean()
             usage = self.tokenizer.quantizer.usage().mean()
         return loss, {"loss": loss, **terms, "psnr": decibels, "usage": usage}
+
+    def blocks(self) -> list[nn.Module]:
+        """None: a tokenizer is small enough to be replicated."""
+        return []
 
     @torch.no_grad()
     def after_step(self, step: int, world: World) -> None:

@@ -1,0 +1,183 @@
+"""What a training step costs, counted without running one: floating-point operations, parameters, memory."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llamagen_unitok.config import GPTConfig
+from llamagen_unitok.gpt import GPT
+
+# Dense bf16 TFLOP/s by the makers' data sheets; the first name that the device's holds counts.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "RTX 4090": 165.0,
+}
+
+
+class Flops(NamedTuple):
+    """Forward and backward of one picture, in FLOPs: matrices of trunk and head, attention of both."""
+
+    trunk: float
+    attention: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        return self.trunk + self.attention + self.head
+
+    @property
+    def head_share(self) -> float:
+        return self.head / self.total
+
+
+def flops_per_image(config: GPTConfig, head_share: float = 1.0) -> Flops:
+    """2 FLOPs per weight and token forward and 4 backward, and causal attention's two products; no recomputation.
+
+    The trunk runs L positions (the class and all codes but the last), the head K steps at each; embeddings are only
+    looked up.
+    head_share: of the positions that the head is trained at.
+    """
+    width, length = config.width, config.num_positions
+    block = 2 * width**2 + 2 * width * config.kv_heads * config.head_width + 3 * width * config.ffn_width
+    head_positions = length if head_share == 1 else max(1, round(head_share * length))
+    steps = head_positions * config.num_codebooks
+    head = config.depth_layers * block + width * config.codebook_size
+
+    def attention(tokens: int) -> int:  # scores and weighted values over the lower triangle, 2 FLOPs each, thrice
+        return 3 * 2 * 2 * width * tokens * (tokens + 1) // 2
+
+    return Flops(
+        trunk=6 * config.layers * block * length,
+        attention=config.layers * attention(length)
+        + config.depth_layers * head_positions * attention(config.num_codebooks),
+        head=6 * head * steps,
+    )
+
+
+class Parameters(NamedTuple):
+    trunk: int
+    head: int
+    embeddings: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def parameters(config: GPTConfig) -> Parameters:
+    """Counted off the model: blocks and last norm; all of the head, its tables included; code and class tables."""
+    with torch.device("meta"):
+        gpt = GPT(config)
+    trunk, head, total = (
+        sum(p.numel() for part in parts for p in part.parameters())
+        for parts in ((gpt.layers, gpt.norm), (gpt.output,), (gpt,))
+    )
+    return Parameters(trunk, head, total - trunk - head)
+
+
+class Activations(NamedTuple):
+    """Bytes kept from the forward to the backward pass: of each picture, and whatever the batch (cast weights)."""
+
+    per_image: float
+    fixed: float
+
+
+@functools.cache
+def activations(config: GPTConfig, head_share: float = 1.0, bf16: bool = True) -> Activations:
+    """Counted by running the forward on tensors without data: every storage that autograd keeps, once.
+
+    Operation by operation, without torch.compile and without recomputation; buffers that live only inside an operation
+    are not counted.
+    """
+
+    def kept(batch: int) -> int:  # blocks of the trunk are alike: two of them tell about any number
+        one, two = (_kept_bytes(replace(config, layers=layers), batch, head_share, bf16) for layers in (1, 2))
+        return one + (config.layers - 1) * (two - one)
+
+    one, two = kept(1), kept(2)
+    return Activations(two - one, 2 * one - two)
+
+
+def _kept_bytes(config: GPTConfig, batch: int, head_share: float, bf16: bool) -> int:
+    kept = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor  # holding it keeps the address from being used again
+        return tensor
+
+    with FakeTensorMode():
+        gpt = GPT(config).train()
+        labels = torch.zeros(batch, dtype=torch.int64)
+        codes = torch.zeros(batch, config.num_positions, config.num_codebooks, dtype=torch.int64)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16), torch.autograd.graph.saved_tensors_hooks(note, note):
+            gpt(labels, codes, return_loss=True, head_share=head_share)
+        own = {tensor.untyped_storage()._cdata for tensor in (*gpt.parameters(), *gpt.buffers(), labels, codes)}
+        return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
+
+
+class Memory(NamedTuple):
+    """Bytes on one device."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    average: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def memory(
+    config: GPTConfig, *, batch: int, shards: int = 1, ema: bool = False, head_share: float = 1.0, bf16: bool = True
+) -> Memory:
+    """With fp32 weights and AdamW. batch: pictures on this device at once.   shards: devices that share one copy of
+    everything but activations; 1 = each has its own (DDP)."""
+    copy = 4 * parameters(config).total / shards
+    kept = activations(config, head_share, bf16)
+    return Memory(copy, copy, 2 * copy, copy if ema else 0.0, kept.fixed + batch * kept.per_image)
+
+
+def peak_flops(device: torch.device, tflops: float | None = None) -> float | None:
+    """FLOP/s that MFU is a share of: `tflops` × 10¹² if given, else the device's by name, None where none is known."""
+    if tflops is not None:
+        return tflops * 1e12
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak * 1e12 for known, peak in PEAK_TFLOPS.items() if known in name), None)
+
+
+class Duration(NamedTuple):
+    """images_per_sec: over all devices; the loader must deliver as many."""
+
+    images_per_sec: float
+    hours: float
+    device_hours: float
+
+
+def duration(flops: Flops, images: float, *, devices: int, peak: float, mfu: float) -> Duration:
+    """Of a run over `images` pictures at the share `mfu` of `peak` FLOP/s of each device."""
+    rate = devices * peak * mfu / flops.total
+    hours = images / rate / 3600
+    return Duration(rate, hours, devices * hours)
+
+
+def spelled_hours(hours: float) -> str:
+    """ "3 d 4 h", "5.2 h" or "12 min"."""
+    if hours >= 48:
+        days, rest = divmod(math.floor(hours + 0.5), 24)
+        return f"{days} d {rest} h"
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
