@@ -1,0 +1,1 @@
+"""Published checkpoint files → bundles: reading them safely, what they hold, and a cache of the well-known ones."""
