@@ -1,0 +1,285 @@
+#!/usr/bin/env python
+"""Decoding speed: images/s of the generator, against the floor of this machine and the published loop.
+
+python benchmarks/decode.py --sizes B --batches 1,8 --dtypes fp32,bf16 --baseline --positions 24
+Weights are random, so that any size can be timed; logits are as spread as a trained model's. All modes of a row group
+take turns in one process. With --positions below the sequence, those positions are spread over it, and the time of a
+picture is computed from their mean.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.ceilings import Ceilings, floor_seconds, measure, seconds, synchronize
+from benchmarks.published_loop import PublishedLoop
+from benchmarks.report import machine, print_report, warn_if_busy
+from llamagen_unitok import GPT, GPTConfig
+from llamagen_unitok.config import PRESETS
+from llamagen_unitok.layers import RMSNorm
+from llamagen_unitok.pipeline import DTYPES
+from llamagen_unitok.runtime.distributed import pick_device
+from llamagen_unitok.runtime.files import check_writable_file, replacing
+from llamagen_unitok.runtime.flags import Parser, add_flags, run_cli, settings_from
+from llamagen_unitok.runtime.memory import peak_bytes
+from llamagen_unitok.sampling import ENGINES, decode
+from llamagen_unitok.sampling.draws import Draw
+from llamagen_unitok.sampling.engines import engine_class
+from llamagen_unitok.sampling.kept import Kept
+from llamagen_unitok.sampling.steps import Run
+
+NANO = {"layers": 2, "heads": 2, "width": 128, "depth_layers": 1, "num_classes": 10}
+SIZES = ("nano", *PRESETS)
+LOGIT_STD = 1.9  # entropy about ln 4096 - 1.9² / 2 = 6.5 nats
+CHECKED_POSITIONS = 2
+AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}  # of the largest logit
+COLUMNS = {
+    "size": "", "dtype": "", "batch": "d", "cfg": "g", "mode": "", "ms_per_position": ".2f", "spread": ".0%",
+    "images_per_s": ".3g", "first_image_s": ".3g", "peak_gb": ".2f", "floor_ms": ".2f", "of_floor": ".0%",
+    "kernels": "d", "speedup": ".2f", "over_fp32": ".2f",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    sizes: str = field(default="nano", metadata={"help": f"of {', '.join(SIZES)}, with commas between them"})
+    batches: str = field(default="1,8", metadata={"help": "pictures at a time"})
+    cfg: str = field(default="1", metadata={"help": "guidance scales; 1 is no guidance"})
+    dtypes: str = field(default="fp32", metadata={"help": f"of {', '.join(DTYPES)}"})
+    engines: str = field(default="auto", metadata={"help": f"of auto, {', '.join(ENGINES)}"})
+    baseline: bool = field(default=False, metadata={"help": "time the published loop beside them"})
+    positions: int = field(default=24, metadata={"help": "positions timed, spread over the sequence; 0 times all"})
+    repeats: int = field(default=3, metadata={"help": "of which the median counts"})
+    threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves torch's choice"})
+    temperature: float = field(default=1.0, metadata={"help": "as in sample.py"})
+    top_k: int = field(default=0, metadata={"help": "as in sample.py"})
+    top_p: float = field(default=1.0, metadata={"help": "as in sample.py"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
+    plot: Path | None = field(default=None, metadata={"help": "PNG of images/s over batch size, with the floor"})
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser("Time decoding. The last line is JSON.")
+    add_flags(parser, Settings)
+    flags = parser.parse_args(argv)
+    return run_cli(lambda: benchmark(settings_from(Settings, flags)))
+
+
+def listed(flag: str, text: str, known: tuple[str, ...] | None = None, kind: Callable = str) -> list:
+    """The values between the commas; ValueError names the flag."""
+    try:
+        values = [kind(part.strip()) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{flag} {text} must be numbers with commas between them") from None
+    for value in values:
+        if known and value not in known:
+            raise ValueError(f"{flag} {value} is not known: use {', '.join(known)}")
+    return values
+
+
+def benchmark(settings: Settings) -> None:
+    sizes = listed("--sizes", settings.sizes, SIZES)
+    batches = listed("--batches", settings.batches, kind=int)
+    scales = listed("--cfg", settings.cfg, kind=float)
+    dtypes = listed("--dtypes", settings.dtypes, tuple(DTYPES))
+    engines = listed("--engines", settings.engines, ("auto", *ENGINES))
+    if min(batches) < 1 or settings.positions < 0 or settings.repeats < 1:
+        raise ValueError("--batches and --repeats must be at least 1, --positions at least 0")
+    if settings.plot:
+        check_writable_file("--plot", settings.plot, (".png",))
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    device = pick_device(settings.device)
+    facts = machine(device)
+    warn_if_busy(facts, device)
+    ceilings = {dtype: measure(device, DTYPES[dtype]) for dtype in dtypes}
+    facts["ceilings"] = {dtype: ceiling._asdict() for dtype, ceiling in ceilings.items()}
+    for dtype, (bandwidth, matrix) in ceilings.items():
+        print(f"{dtype}: matrix-vector {bandwidth / 1e9:.1f} GB/s, matrix product {matrix / 1e9:.0f} GFLOP/s")
+
+    rows = []
+    for size in sizes:
+        gpts = {dtype: random_generator(size, device, DTYPES[dtype]) for dtype in dtypes}
+        for gpt in gpts.values():
+            check_agreement(gpt, engines, baseline=settings.baseline)
+        for batch in batches:
+            for scale in scales:
+                rows += compare(settings, size, gpts, batch, scale, engines, ceilings)
+    if len(positions_of(settings, gpts[dtypes[0]].config)) < gpts[dtypes[0]].config.num_positions:
+        print(
+            f"timed {settings.positions} positions spread over the sequence; images/s and first image from their mean"
+        )
+    print_report(facts, rows, COLUMNS)
+    if settings.plot:
+        plot(settings.plot, rows, facts)
+
+
+def random_generator(size: str, device: torch.device, dtype: torch.dtype) -> GPT:
+    """The same random weights whatever the device and dtype, none of them zero or one."""
+    config = GPTConfig(**NANO) if size == "nano" else GPTConfig.preset(size)
+    torch.manual_seed(0)
+    gpt = GPT(config)
+    with torch.no_grad():
+        for module in gpt.modules():
+            if isinstance(module, RMSNorm):
+                module.weight.add_(0.1 * torch.randn_like(module.weight))
+        gpt.output.linear_head.weight.normal_(std=LOGIT_STD * config.width**-0.5)
+        gpt.output.linear_head.bias.normal_(std=0.1)
+    return gpt.to(device, dtype).eval().requires_grad_(False)
+
+
+def labels_for(gpt: GPT, batch: int) -> Tensor:
+    return torch.arange(batch, device=gpt.norm.weight.device) % gpt.config.num_classes
+
+
+def check_agreement(gpt: GPT, engines: list[str], *, baseline: bool) -> None:
+    """ValueError unless all modes give the same logits for the same codes: what follows times equal work."""
+    labels = labels_for(gpt, 2)
+    shape = (2, CHECKED_POSITIONS, gpt.config.num_codebooks)
+    codes = torch.randint(gpt.config.codebook_size, shape, device=labels.device)
+    seen: dict[str, list[Tensor]] = {}
+    for engine in engines:
+
+        def forced(logits: Tensor, position: int | Tensor, k: int, engine: str = engine) -> Tensor:
+            seen.setdefault(engine, []).append(logits.clone())
+            return codes[:, len(seen[engine][k :: shape[2]]) - 1, k]
+
+        decode(gpt, labels, forced, [1.5] * CHECKED_POSITIONS, engine=engine)
+    if baseline:
+        with torch.inference_mode():
+            loop = PublishedLoop(gpt, labels, scale=1.5)
+            logits = [loop.step(p, force=codes[:, p]) for p in range(CHECKED_POSITIONS)]
+            seen["published"] = list(torch.cat(logits, dim=1).unbind(1))
+    first, *others = (torch.stack(logits).float() for logits in seen.values())
+    for name, other in zip(list(seen)[1:], others, strict=True):
+        off = ((first - other).abs().max() / first.abs().max()).item()
+        if not off <= AGREEMENT[gpt.norm.weight.dtype]:
+            raise ValueError(f"{name} and {next(iter(seen))} disagree by {off:.1e} of the largest logit")
+
+
+def positions_of(settings: Settings, config: GPTConfig) -> list[int]:
+    count = min(settings.positions or config.num_positions, config.num_positions)
+    return [int((i + 0.5) * config.num_positions / count) for i in range(count)]
+
+
+def compare(
+    settings: Settings,
+    size: str,
+    gpts: dict[str, GPT],
+    batch: int,
+    scale: float,
+    engines: list[str],
+    ceilings: dict[str, Ceilings],
+) -> list[dict]:
+    """One row per dtype and mode, timed in turns."""
+    config, device = next(iter(gpts.values())).config, next(iter(gpts.values())).norm.weight.device
+    positions = positions_of(settings, config)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    modes: dict[tuple[str, str], Callable[[int], object]] = {}
+    first: dict[tuple[str, str], float] = {}
+    with torch.inference_mode():
+        for dtype, gpt in gpts.items():
+            makers = {engine: engine_step for engine in engines}
+            if settings.baseline:
+                makers["published"] = published_step
+            for mode, make in makers.items():
+                started = time.perf_counter()
+                step = make(settings, gpt, batch, scale, mode)
+                step(0)
+                synchronize(device)
+                first[dtype, mode] = time.perf_counter() - started
+                modes[dtype, mode] = step
+        times: dict[tuple[str, str], list[list[float]]] = {name: [] for name in modes}
+        label = f"{size} batch {batch} cfg {scale:g}"
+        for _ in tqdm(range(settings.repeats + 1), desc=label, unit="round", leave=False):
+            for name, step in modes.items():
+                times[name].append([seconds(lambda p=p, step=step: step(p), device) for p in positions])
+    rows = []
+    for (dtype, mode), rounds in times.items():
+        rounds = rounds[1:]  # the first one warms up
+        per_position = statistics.mean(map(statistics.median, zip(*rounds, strict=True)))
+        totals = [statistics.mean(one) for one in rounds]
+        sequences = batch * (1 if scale == 1 else 2)
+        floor = floor_seconds(config, sequences, positions, DTYPES[dtype].itemsize, ceilings[dtype])
+        rows.append(
+            {
+                "size": size,
+                "dtype": dtype,
+                "batch": batch,
+                "cfg": scale,
+                "mode": mode,
+                "positions": len(positions),
+                "ms_per_position": 1e3 * per_position,
+                "spread": (max(totals) - min(totals)) / per_position,
+                "images_per_s": batch / (config.num_positions * per_position),
+                "first_image_s": first[dtype, mode] + (config.num_positions - 1) * per_position,
+                "peak_gb": peak_bytes(device) / 1e9,
+                "floor_ms": 1e3 * floor,
+                "of_floor": floor / per_position,
+                "kernels": kernels(modes[dtype, mode], positions[-1]) if device.type == "cuda" else None,
+            }
+        )
+    for row in rows:
+        for key, dtype in (("speedup", row["dtype"]), ("over_fp32", "fp32")):
+            for base in rows:
+                if base["mode"] == "published" and base["dtype"] == dtype:
+                    row[key] = base["ms_per_position"] / row["ms_per_position"]
+    return rows
+
+
+def engine_step(settings: Settings, gpt: GPT, batch: int, scale: float, name: str) -> Callable[[int], object]:
+    """An engine, set up; p → position p."""
+    labels, config = labels_for(gpt, batch), gpt.config
+    uniforms = torch.rand(batch, config.num_positions, config.num_codebooks).to(labels.device)
+    draw = Draw(uniforms, settings.temperature, settings.top_k, settings.top_p)
+    run = Run(labels, (scale,) * config.num_positions, draw)
+    return engine_class(name, labels.device.type)(gpt, run, Kept()).position
+
+
+def published_step(settings: Settings, gpt: GPT, batch: int, scale: float, name: str) -> Callable[[int], object]:
+    filters = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+    return PublishedLoop(gpt, labels_for(gpt, batch), scale=scale, **filters).step
+
+
+def kernels(step: Callable[[int], object], position: int) -> int:
+    """Kernels that a CUDA device runs for one position."""
+    with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step(position)
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def plot(path: Path, rows: list[dict], facts: dict) -> None:
+    """Images/s over batch size, one line a mode, and the floor of each dtype dashed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        name = f"{row['size']} {row['dtype']} cfg {row['cfg']:g}"
+        lines.setdefault(f"{name} {row['mode']}", []).append((row["batch"], row["images_per_s"]))
+        lines.setdefault(f"{name} floor", []).append((row["batch"], row["images_per_s"] / row["of_floor"]))
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(set(points)), strict=True), "--" if name.endswith("floor") else "o-", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="batch size (pictures)", ylabel="images/s, generator only")
+    axes.set_title(f"{facts['device']}, {facts['threads']} threads, {facts['date']}", fontsize=9)
+    axes.legend(fontsize=7)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
