@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -32,19 +31,17 @@ sys.path.insert(0, str(ROOT))
 from demo.features import (
     FeatureExtractor,
     Reference,
-    heldout_pictures,
     load_reference,
     nearest,
     own_style,
     recognised,
-    training_pictures,
 )
 from demo.prepare_data import STYLES
 from llamagen_unitok.grid import labelled_grid
 from llamagen_unitok.pipeline import ImageGenerator
 from llamagen_unitok.runtime.files import check_writable_file, replacing
 from llamagen_unitok.runtime.flags import Parser, run_cli
-from tokenizer.images import load_rgb, psnr, to_unit
+from tokenizer.images import load_rgb
 
 PARTS = ("recognised", "styles", "psnr", "batches")
 SEEDS = 8
@@ -133,25 +130,19 @@ class Evaluation:
 
     def psnr(self) -> dict:
         """The tokenizer's PSNR on training pictures and on held-out ones."""
-        training = [path for styles in training_pictures(self.data, len(self.generator.names)) for path in styles]
+        try:
+            from llamagen_unitok.evaluation.reconstruction import ReconstructionSettings, reconstruct
+        except ImportError:
+            raise ValueError("the figures of the tokenizer need more packages: pip install -e '.[eval]'") from None
         result = {}
-        for name, paths in (("training", training), ("heldout", heldout_pictures(self.data))):
-            paths = spread(paths, self.limit or len(paths))
-            values = [self._psnr_of(path) for path in tqdm(paths, desc=f"psnr, {name}", unit="picture")]
-            result[name] = {"pictures": len(values), "mean_db": float(np.mean(values)), "worst_db": min(values)}
-            print(
-                f"psnr, {name}: {np.mean(values):.2f} dB mean over {len(values)} pictures, worst {min(values):.2f} dB"
-            )
+        for name, folder in (("training", self.data / "train"), ("heldout", self.data / "heldout")):
+            if not folder.is_dir():
+                raise ValueError(f"{folder} is missing: python demo/prepare_data.py makes the data")
+            figures = reconstruct(self.generator.tokenizer, ReconstructionSettings(folder, limit=self.limit))
+            mean, worst = figures["psnr_db"]["mean"], figures["psnr_db"]["worst"]
+            result[name] = {"pictures": figures["pictures"], "mean_db": mean, "worst_db": worst}
+            print(f"psnr, {name}: {mean:.2f} dB mean over {figures['pictures']} pictures, worst {worst:.2f} dB")
         return result
-
-    def _psnr_of(self, path: Path) -> float:
-        tokenizer = self.generator.tokenizer
-        side = tokenizer.config.img_size
-        picture = load_rgb(path)
-        if picture.size != (side, side):
-            raise ValueError(f"{path} has {picture.size[0]}×{picture.size[1]} pixels, the tokenizer {side}×{side}")
-        image = to_unit(np.asarray(picture))[None]
-        return psnr(tokenizer.reconstruct(image), image).item()
 
     def batches(self) -> dict:
         """Share of equal pictures between two batch sizes, seed 0, no guidance."""

