@@ -3,6 +3,7 @@
 
 python sample.py --class 207 --cfg 1.0
 python sample.py --class "zebra face",dog --num 8 --cfg 2 --seed 1 --out zebras-and-dogs.png
+torchrun --nproc-per-node 8 sample.py --num-samples 50000 --npz samples.npz
 """
 
 import re
@@ -10,17 +11,24 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from llamagen_unitok.evaluation.presets import PRESETS, apply_preset
+from llamagen_unitok.evaluation.provenance import model_record
+from llamagen_unitok.evaluation.samples import LABEL_SCHEMES, SampleRun, run_samples, sample_record
 from llamagen_unitok.grid import labelled_grid
 from llamagen_unitok.labels import ClassNames
-from llamagen_unitok.pipeline import BATCH_SIZE, DTYPES, ImageGenerator, Sample
+from llamagen_unitok.pipeline import BATCH_SIZE, DECODERS, DTYPES, ImageGenerator, Sample
+from llamagen_unitok.published.cache import locate_model
+from llamagen_unitok.runtime.distributed import processes
 from llamagen_unitok.runtime.files import check_writable_file, check_writable_folder, replacing
-from llamagen_unitok.runtime.flags import Parser, add_flags, run_cli, settings_from
-from llamagen_unitok.sampling import SamplingConfig
-from modelfolder import locate
+from llamagen_unitok.runtime.flags import Parser, add_flags, given_flags, run_cli, settings_from
+from llamagen_unitok.sampling import ENGINES, SamplingConfig
+from llamagen_unitok.sampling.batches import propose_batch_size
+from tokenizer.images import Resize
 
 SHIPPED = Path(__file__).resolve().parent / "checkpoints" / "emoji"
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -30,7 +38,18 @@ NAMED_CLASSES = 3  # in a default file name
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     flags = parser.parse_args(argv)
-    return run_cli(lambda: list_classes(flags) if flags.list_classes else sample(flags))
+
+    def body() -> None:
+        if flags.preset:
+            apply_preset(flags.preset, flags, given_flags(parser, argv))
+        if flags.list_classes:
+            list_classes(flags)
+        elif flags.num_samples is not None:
+            sample_many(flags)
+        else:
+            sample(flags)
+
+    return run_cli(body)
 
 
 def build_parser() -> Parser:
@@ -45,25 +64,71 @@ def build_parser() -> Parser:
     what.add_argument("--list-classes", action="store_true", help="print ids and names, and draw nothing")
     add_flags(parser.add_argument_group("how to sample"), SamplingConfig)
     model = parser.add_argument_group("with which model, and where")
-    model.add_argument("--checkpoint", metavar="DIR_OR_HUB_ID", help="a bundle (default: the shipped emoji model)")
-    model.add_argument("--tokenizer", metavar="DIR_OR_HUB_ID", help="a tokenizer, if not the bundle's own")
+    model.add_argument("--checkpoint", metavar="DIR_OR_ID", help="a bundle (default: emoji) or llamagen-b-256 …")
+    model.add_argument("--tokenizer", metavar="DIR_OR_ID", help="a tokenizer, if not the bundle's own; or unitok-large")
     model.add_argument("--device", default="auto", help="auto, cpu or cuda; auto is cuda if there is one")
-    model.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto is fp32 on cpu, bf16 on cuda")
     model.add_argument(
-        "--batch-size", type=int, default=BATCH_SIZE, metavar="N", help=f"pictures at a time (default {BATCH_SIZE})"
+        "--dtype",
+        default="auto",
+        choices=["auto", *DTYPES],
+        metavar="NAME",
+        help="auto (fp32 on cpu, bf16 on cuda), fp32, bf16 or fp16",
+    )
+    model.add_argument(
+        "--engine",
+        default="auto",
+        choices=["auto", *ENGINES],
+        metavar="NAME",
+        help=f"auto (packed on cpu, graph on cuda), {', '.join(ENGINES)}",
+    )
+    model.add_argument(
+        "--decoder",
+        default="plain",
+        choices=DECODERS,
+        metavar="NAME",
+        help="plain, fast (the same up to rounding), or bf16 (faster)",
+    )
+    model.add_argument(
+        "--batch-size",
+        type=number_or_auto,
+        metavar="N",
+        help=f"pictures at a time (default {BATCH_SIZE}; {SampleRun.batch_size} in a large run), or auto",
     )
     output = parser.add_argument_group("what to write")
+    output.add_argument("--resize", metavar="N[:bicubic]", help="side in pixels, by area, or as LlamaGen: bicubic")
     output.add_argument(
         "--out", type=Path, metavar="PICTURE", help="one labelled sheet of all (default CLASS-cfgX-seedN.png here)"
     )
     output.add_argument("--save-images", type=Path, metavar="DIR", help="each picture as a PNG file, and no sheet")
     output.add_argument("--npz", type=Path, metavar="FILE", help="arr_0 (uint8, NHWC, 0-255) and label, and no sheet")
+    many = parser.add_argument_group(
+        "a large run for figures, into --npz; stopped, it goes on when it is started again"
+    )
+    many.add_argument("--num-samples", type=int, metavar="N", help="pictures over all classes (or those of --class)")
+    many.add_argument(
+        "--labels", default=SampleRun.labels, choices=LABEL_SCHEMES, help="as many of each class, or drawn"
+    )
+    many.add_argument("--preset", metavar="NAME", help=f"a published table row: {', '.join(list(PRESETS)[:3])} …")
     return parser
+
+
+def number_or_auto(text: str) -> int | str:
+    """A whole number, or "auto"."""
+    return text if text == "auto" else int(text)
+
+
+def batch_size_for(flags, generator: ImageGenerator, usual: int) -> int:
+    """What --batch-size means for this generator; `usual` where it is not given. A proposal is printed."""
+    if flags.batch_size != "auto":
+        return usual if flags.batch_size is None else flags.batch_size
+    proposed = propose_batch_size(generator.gpt, guided=flags.cfg_scale != 1)
+    print(f"batch size {proposed}")
+    return proposed
 
 
 def list_classes(flags) -> None:
     """Print one line a class: id, tab, name."""
-    folder = locate(flags.checkpoint or SHIPPED)
+    folder = locate_model(flags.checkpoint or SHIPPED)
     names = ClassNames.load(folder)
     if names is None:
         raise ValueError(f"{folder} has no labels.json, so its classes have no names")
@@ -71,9 +136,43 @@ def list_classes(flags) -> None:
         print(f"{label}\t{name}")
 
 
+def sample_many(flags) -> None:
+    """A large run: labels by scheme, one .npz, any number of processes."""
+    config = settings_from(SamplingConfig, flags)
+    resize = Resize.parse(flags.resize) if flags.resize is not None else None
+    fixed = flags.batch_size if isinstance(flags.batch_size, int) else SampleRun.batch_size
+    run = SampleRun(flags.num_samples, flags.labels, fixed)
+    if not flags.npz:
+        raise ValueError("--num-samples writes an .npz: give --npz FILE")
+    if flags.out or flags.save_images:
+        raise ValueError("--num-samples writes an .npz only: leave out --out and --save-images")
+    check_writable_file("--npz", flags.npz, (".npz",))
+    folder = locate_model(flags.checkpoint or SHIPPED)
+    tokenizer = locate_model(flags.tokenizer) if flags.tokenizer else None
+    with processes(flags.device) as world:
+        generator = ImageGenerator.from_pretrained(folder, tokenizer, world.device, flags.dtype)
+        generator.resize = resize
+        generator.use_decoder(flags.decoder)
+        config.check_generator(generator.gpt.config)
+        # One shape for all processes and for a resumed run: the main process proposes it.
+        size = world.share_outcome(lambda: batch_size_for(flags, generator, SampleRun.batch_size))
+        run = replace(run, batch_size=size)
+        classes = generator.names.parse(flags.classes) if flags.classes is not None else None
+        record = sample_record(
+            generator, model_record(folder, tokenizer), run, config, classes=classes, engine=flags.engine
+        )
+        started = time.perf_counter()
+        made = run_samples(generator, record, flags.npz, world)
+        seconds = time.perf_counter() - started
+        if world.is_main:
+            print(flags.npz)
+            print(f"{made} pictures made by process 0 in {seconds:.2f} s ({made / seconds:.2f} images/s)")
+
+
 def sample(flags) -> None:
     """Check everything, then draw, then write."""
     config = settings_from(SamplingConfig, flags)
+    resize = Resize.parse(flags.resize) if flags.resize is not None else None
     if flags.classes is None:
         raise ValueError("--class is missing: give ids or names, as in --class 207 or --class dog")
     if flags.npz:
@@ -82,11 +181,14 @@ def sample(flags) -> None:
         check_writable_folder("--save-images", flags.save_images)
     if flags.out:
         check_writable_file("--out", flags.out, PICTURE_ENDINGS)
-    folder = locate(flags.checkpoint or SHIPPED)
+    folder = locate_model(flags.checkpoint or SHIPPED)
     names = ClassNames.load(folder)
     if names:
         names.parse(flags.classes)  # a wrong name is found before the weights are read
-    generator = ImageGenerator.from_pretrained(folder, flags.tokenizer, flags.device, flags.dtype)
+    tokenizer = locate_model(flags.tokenizer) if flags.tokenizer else None
+    generator = ImageGenerator.from_pretrained(folder, tokenizer, flags.device, flags.dtype)
+    generator.resize = resize
+    generator.use_decoder(flags.decoder)
     names = generator.names
     labels = names.parse(flags.classes)
     run_name = f"cfg{config.cfg_scale:g}-seed{config.seed}"
@@ -95,8 +197,11 @@ def sample(flags) -> None:
         sheet = Path(f"{_classes_name(names, labels)}-{run_name}.png")
         check_writable_file("--out", sheet, PICTURE_ENDINGS)
 
+    batch_size = batch_size_for(flags, generator, BATCH_SIZE)
     started = time.perf_counter()
-    samples = generator.stream(labels, flags.num, batch_size=flags.batch_size, progress=True, **vars(config))
+    samples = generator.stream(
+        labels, flags.num, batch_size=batch_size, progress=True, engine=flags.engine, **vars(config)
+    )
     if flags.save_images:
         samples = saved_one_by_one(samples, names, flags.save_images, run_name)
     if sheet or flags.npz:

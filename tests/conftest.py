@@ -44,6 +44,15 @@ def tiny_generator(**changes) -> ImageGenerator:
     return ImageGenerator(tiny_gpt(**changes), tiny_tokenizer(), ClassNames(NAMES, ALIASES), card="# Tiny\n")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For what is promised bit for bit on one thread only."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory) -> Path:
     """A bundle on disk, for reading only."""

@@ -15,6 +15,19 @@ from llamagen_unitok.sampling.guidance import guidance_scales
 from tests.golden.fill import fill_crc32, seeded_fill
 
 GOLDEN = Path(__file__).parent / "golden"
+SLOW = pytest.mark.slow
+
+
+def on_every_engine(*cases):
+    """Each case (name, scale, interval) on each engine. By default only what a CPU runs, and the last case on all;
+    the compiled engine is the graph engine's step, and test_engines.py compares the two."""
+    return [
+        pytest.param(*case, engine, marks=() if engine == "packed" or case is cases[-1] else SLOW)
+        for case in cases
+        for engine in ("packed", "eager", "graph")
+    ]
+
+
 MODELS = {"unitok": ("unitok_gpt_b_seed0.npz", "unitok_gpt_b_cls01_keys.json")}
 MODELS["llamagen"] = ("llamagen_gpt_b_seed0.npz", "llamagen_gpt_b_keys.json")
 NULL_CLASS = 1000
@@ -111,29 +124,30 @@ def test_trunk_states_match():
 
 
 @pytest.mark.parametrize(
-    ("prefix", "scale", "interval"), [("dec_cfg1", 1.0, None), ("dec_cfg2", 2.0, None), ("dec_cfg2_interval5", 2.0, 5)]
+    ("prefix", "scale", "interval", "engine"),
+    on_every_engine(("dec_cfg1", 1.0, None), ("dec_cfg2", 2.0, None), ("dec_cfg2_interval5", 2.0, 5)),
 )
-def test_cached_decoding_logits_match(case, prefix, scale, interval):
+def test_cached_decoding_logits_match(case, prefix, scale, interval, engine):
     positions, stride = int(case.golden["decode_steps"]), int(case.golden["decode_vocab_stride"])
     seen = []
 
     def forced(logits, position, codebook):
         seen.append(logits)
-        return case.codes[:, position, codebook]
+        return case.codes[:, int(position), codebook]
 
-    decode(case.gpt, case.labels, forced, guidance_scales(256, scale, interval=interval)[:positions])
+    decode(case.gpt, case.labels, forced, guidance_scales(256, scale, interval=interval)[:positions], engine=engine)
     logits = torch.stack(seen, dim=1).unflatten(1, (positions, -1))  # (B, T, K, V)
     check_logits(case, prefix, logits, stride, slice(None), tolerance=3e-5 if scale == 1 else 6e-5)
 
 
 @pytest.mark.parametrize(
-    ("field", "scale", "interval"),
-    [("greedy_cfg1", 1.0, None), ("greedy_cfg2", 2.0, None), ("greedy_cfg2_interval3", 2.0, 3)],
+    ("field", "scale", "interval", "engine"),
+    on_every_engine(("greedy_cfg1", 1.0, None), ("greedy_cfg2", 2.0, None), ("greedy_cfg2_interval3", 2.0, 3)),
 )
-def test_greedy_sequences_are_the_published_ones(case, field, scale, interval):
+def test_greedy_sequences_are_the_published_ones(case, field, scale, interval, engine):
     expected = blk(case.golden[field], case.name)
     scales = guidance_scales(256, scale, interval=interval)[: expected.shape[1]]
-    codes = decode(case.gpt, case.labels, lambda logits, position, codebook: logits.argmax(-1), scales)
+    codes = decode(case.gpt, case.labels, lambda logits, position, codebook: logits.argmax(-1), scales, engine=engine)
     assert torch.equal(codes, expected.long())
 
 

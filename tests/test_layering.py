@@ -19,12 +19,14 @@ LOWER_FIRST = [
     "llamagen_unitok.layers",
     "llamagen_unitok.official",
     "llamagen_unitok.labels",
+    "llamagen_unitok.imagenet",
     "llamagen_unitok.grid",
     "llamagen_unitok.depth_head",
     "llamagen_unitok.gpt",
     "llamagen_unitok.sampling",
     "llamagen_unitok.runtime",
     "llamagen_unitok.pipeline",
+    "llamagen_unitok.published",
     "llamagen_unitok.training",
     "llamagen_unitok.evaluation",
 ]
@@ -32,10 +34,12 @@ LOWER_FIRST = [
 FRONT_DOOR = "llamagen_unitok"
 
 # Beyond the order: a room that only these may import.
+# Rooms that put both halves together.
+BOTH_HALVES = {f"llamagen_unitok.{room}" for room in ("pipeline", "published", "training", "evaluation")}
 ONLY_FOR = {
-    "tokenizer": {"llamagen_unitok.pipeline", "llamagen_unitok.training", "llamagen_unitok.evaluation"},
-    "llamagen_unitok.runtime": {"llamagen_unitok.pipeline", "llamagen_unitok.training", "llamagen_unitok.evaluation"},
-    "llamagen_unitok.pipeline": {"llamagen_unitok.evaluation"},
+    "tokenizer": BOTH_HALVES,
+    "llamagen_unitok.runtime": BOTH_HALVES,
+    "llamagen_unitok.pipeline": {"llamagen_unitok.published", "llamagen_unitok.evaluation"},
 }
 # The trainer of the generator knows no tokenizer: its script hands it a preview.
 TOKENIZER_FREE = ["llamagen_unitok.training.generator", "llamagen_unitok.training.loop"]

@@ -23,6 +23,14 @@ def test_the_file_does_not_depend_on_how_it_was_cut(tmp_path_factory, cuts, rows
     np.testing.assert_array_equal(np.concatenate(read), PIXELS)
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_part_is_read_by_its_rows(tmp_path, save):
+    save(tmp_path / "a.npz", arr_0=PIXELS)
+    for start, stop in ((0, 4), (3, 8), (7, None), (9, 50), (5, 5)):
+        read = list(NpzReader(tmp_path / "a.npz").batches("arr_0", 2, start, stop))
+        np.testing.assert_array_equal(np.concatenate([PIXELS[:0], *read]), PIXELS[start:stop])
+
+
 def test_numpy_reads_what_we_write_and_we_read_what_numpy_writes(tmp_path):
     write_npz(tmp_path / "ours.npz", {"arr_0": PIXELS, "meta": np.array("a note")})
     with np.load(tmp_path / "ours.npz") as file:

@@ -103,6 +103,27 @@ def test_the_same_command_writes_the_same_bytes_and_another_class_beside_it_chan
     assert np.array_equal(pixels["a"], pixels["c"][4:])
 
 
+def test_engines_and_a_proposed_batch_size_draw_the_same_pictures(run):
+    arguments = ("--class", "pig,dog", "--num", "3", "--npz")
+    pixels = []
+    for name, more in {"a": [], "b": ["--engine", "eager"], "c": ["--engine", "graph", "--batch-size", "auto"]}.items():
+        code, out, err = run(*arguments, f"{name}.npz", *more)
+        assert code == 0, err
+        pixels.append(np.load(f"{name}.npz")["arr_0"])
+    assert re.match(r"batch size (1|2|4|8|16|32)\n", out)
+    assert np.array_equal(pixels[0], pixels[1])
+    assert np.array_equal(pixels[0], pixels[2])
+
+
+@pytest.mark.parametrize(("decoder", "levels"), [("fast", 0.02), ("bf16", 2)])
+def test_faster_decoders_draw_almost_the_same_pixels(run, decoder, levels):
+    run("--class", "pig", "--npz", "plain.npz")
+    code, _, err = run("--class", "pig", "--npz", "other.npz", "--decoder", decoder)
+    assert code == 0, err
+    plain, other = (np.load(name)["arr_0"].astype(int) for name in ("plain.npz", "other.npz"))
+    assert np.abs(plain - other).mean() <= levels
+
+
 def test_list_classes_prints_ids_and_names(run):
     code, out, _ = run("--list-classes")
     assert code == 0
@@ -125,6 +146,9 @@ WRONG = {
     "negative seed": (["--class", "0", "--seed", "-1"], "--seed"),
     "no pictures": (["--class", "0", "--num", "0"], "--num"),
     "no batch": (["--class", "0", "--batch-size", "0"], "--batch-size"),
+    "batch size of a word": (["--class", "0", "--batch-size", "many"], "--batch-size"),
+    "unknown engine": (["--class", "0", "--engine", "warp"], "--engine"),
+    "unknown decoder": (["--class", "0", "--decoder", "slow"], "--decoder"),
     "unknown schedule": (["--class", "0", "--cfg-schedule", "cosin"], "--cfg-schedule"),
     "unknown flag": (["--class", "0", "--guidance", "2"], "--guidance"),
     "shortened flag": (["--class", "0", "--temp", "1"], "--temp"),

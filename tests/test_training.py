@@ -24,8 +24,12 @@ from llamagen_unitok.runtime.checkpoint import complete_checkpoints
 from llamagen_unitok.runtime.distributed import World
 from llamagen_unitok.runtime.optim import EMA, LR_SCHEDULES, decay_groups, lr_factor
 from llamagen_unitok.training.data import CodeShards
-from llamagen_unitok.training.images import PictureViews
+from llamagen_unitok.training.images import VIEWS, PictureViews
+from llamagen_unitok.training.sources import SourceOptions, open_source
 from tokenizer import PRESETS, UniTok
+from tokenizer.images import to_unit
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOP = [
@@ -43,14 +47,6 @@ LOOP = [
     "9",
 ]
 SMALL_GPT = ["--layers", "2", "--heads", "2", "--width", "32", "--depth-layers", "1", "--ffn-multiple", "16"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +83,7 @@ def tokenizer_folder(tiny_preset, tmp_path_factory):
 @pytest.fixture(scope="module")
 def codes(tokenizer_folder, pictures, tmp_path_factory):
     out = tmp_path_factory.mktemp("codes") / "codes"
-    arguments = ["--images", pictures, "--tokenizer", tokenizer_folder, "--out", out, "--shard-size", 5, "--workers", 0]
+    arguments = ["--images", pictures, "--tokenizer", tokenizer_folder, "--out", out, "--shard-size", 5, "--workers", 1]
     assert extract_codes.main([str(a) for a in [*arguments, "--ten-crop"]]) == 0
     return out
 
@@ -96,8 +92,9 @@ def test_extracted_codes_are_the_tokenizers(codes, tokenizer_folder, pictures):
     shards = CodeShards(codes)
     shards.verify()
     assert len(shards) == 12 and len(shards.meta.views) == 10 and shards.meta.class_names[1] == "class 1"
-    views, label = PictureViews(pictures, 32, "ten-crop")[7]
-    expected = UniTok.from_pretrained(tokenizer_folder).encode(views)
+    source = open_source(pictures, SourceOptions(), World(0, 1, torch.device("cpu")))
+    views, label = PictureViews(source, 32, VIEWS["ten-crop"]([1.1]))[7], source.labels[7]
+    expected = UniTok.from_pretrained(tokenizer_folder).encode(to_unit(views))
     for view in range(10):
         stored_label, stored = shards[7, view]
         assert stored_label == label == 1 and np.array_equal(stored, expected[view].numpy())
@@ -112,7 +109,7 @@ def test_extraction_goes_on_where_it_stopped_and_refuses_another_job(
     missing = again / "shard-00001-of-00003.safetensors"
     missing.unlink()
     kept = (again / "shard-00000-of-00003.safetensors").stat().st_mtime_ns
-    arguments = ["--images", pictures, "--tokenizer", tokenizer_folder, "--out", again, "--workers", 0, "--shard-size"]
+    arguments = ["--images", pictures, "--tokenizer", tokenizer_folder, "--out", again, "--workers", 1, "--shard-size"]
     assert extract_codes.main([str(a) for a in [*arguments, 5, "--ten-crop"]]) == 0
     assert missing.read_bytes() == (codes / missing.name).read_bytes()
     assert (again / "shard-00000-of-00003.safetensors").stat().st_mtime_ns == kept
@@ -205,7 +202,7 @@ def test_a_run_is_not_continued_with_other_settings(codes, tmp_path, capsys):
         (["--lr-schedule", "liner"], "unknown learning-rate schedule 'liner'"),
         (["--warmup-steps", "9999999"], "--warmup-steps"),
         (["--class-dropout", "1.5"], "--class-dropout must lie in [0, 1)"),
-        (["--precision", "fp8"], "--precision must be bf16 or fp32"),
+        (["--precision", "fp8"], "--precision must be one of bf16, tf32, fp32"),
         (["--codes", "/nowhere"], "/nowhere has no meta.json"),
         (["--device", "warp"], "--device warp is not a device"),
     ],
@@ -289,6 +286,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow  # tests/test_parallel.py compares every step; this one goes through the script
 def test_training_with_two_processes_ends_with_one_model(codes, tmp_path):
     arguments = ["--codes", codes, *SMALL_GPT, *LOOP, "--steps", 3, "--precision", "fp32", "--dropout", 0]
     arguments += ["--class-dropout", 0]
@@ -306,3 +304,15 @@ def test_one_process_reduces_to_itself():
     world = World(0, 1, torch.device("cpu"))
     value = torch.tensor([1.0, 2.0])
     assert torch.equal(world.mean(value), value) and world.any(True) and not world.any(False)
+
+
+def test_frozen_encoder_keeps_all_codes(tokenizer_folder, tiny_preset, pictures, tmp_path, capsys):
+    arguments = [*map(str, ["--images", pictures, "--preset", tiny_preset, "--steps", 3, *LOOP]), "--freeze-encoder"]
+    assert train_tokenizer.main([*arguments, "--out", str(tmp_path), "--init", str(tokenizer_folder)]) == 0
+    before, after = UniTok.from_pretrained(tokenizer_folder), UniTok.from_pretrained(tmp_path / "tokenizer")
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(before.encode(images), after.encode(images))
+    assert not torch.equal(before.reconstruct(images), after.reconstruct(images))
+    capsys.readouterr()
+    assert train_tokenizer.main([*arguments, "--out", str(tmp_path / "b")]) == 2
+    assert "--freeze-encoder needs --init" in capsys.readouterr().err

@@ -1,0 +1,196 @@
+"""Large runs: the same file whatever the processes and interruptions, balanced labels, nothing made twice."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sample
+from llamagen_unitok.evaluation import samples
+from llamagen_unitok.evaluation.presets import PRESETS
+from llamagen_unitok.evaluation.provenance import model_record, read_record
+from llamagen_unitok.evaluation.samples import LABEL_SCHEMES, SampleRun, run_samples, sample_record
+from llamagen_unitok.pipeline import ImageGenerator
+from llamagen_unitok.runtime.distributed import World
+from llamagen_unitok.sampling import SamplingConfig
+
+ROOT = Path(sample.__file__).resolve().parent
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+RUN = SampleRun(num_samples=11, batch_size=2)
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(samples, "PART_PICTURES", 3)  # two batches of two in a part
+
+
+@pytest.fixture
+def job(bundle):
+    """(generator, record) of a run of eleven samples in three parts."""
+    generator = ImageGenerator.from_pretrained(bundle, device="cpu")
+    return generator, sample_record(generator, model_record(bundle), RUN, SamplingConfig(seed=3))
+
+
+def test_a_run_is_balanced_and_each_sample_follows_from_its_number(job, tmp_path):
+    generator, record = job
+    assert run_samples(generator, record, tmp_path / "a.npz", ALONE, progress=False) == 11
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+    with np.load(tmp_path / "a.npz") as made:
+        assert made["arr_0"].shape == (11, 48, 48, 3) and made["arr_0"].dtype == np.uint8
+        assert made["codes"].dtype == np.uint16
+        assert np.bincount(made["label"]).tolist() == [3, 2, 2, 2, 2]
+        longer = replace(RUN, num_samples=14)
+        more = sample_record(
+            generator, model_record(record_folder(generator, tmp_path)), longer, SamplingConfig(seed=3)
+        )
+        run_samples(generator, more, tmp_path / "b.npz", ALONE, progress=False)
+        with np.load(tmp_path / "b.npz") as longer_made:
+            for array in ("arr_0", "label", "codes"):
+                assert np.array_equal(longer_made[array][:11], made[array])
+        alone = generator.decode(torch.from_numpy(made["codes"][4:5].astype(np.int64)))[0]
+        difference = np.abs(np.asarray(alone).astype(int) - made["arr_0"][4])
+        assert difference.max() <= 1  # decoded alone and in a batch: rounding only
+    assert read_record(tmp_path / "a.npz") == record
+
+
+def record_folder(generator, tmp_path):
+    return generator.save_pretrained(tmp_path / "bundle")
+
+
+def test_an_interrupted_run_goes_on_and_makes_nothing_twice(job, tmp_path, monkeypatch):
+    generator, record = job
+    run_samples(generator, record, tmp_path / "whole.npz", ALONE, progress=False)
+    calls = []
+    real = samples.generate
+
+    def counted(gpt, labels, **settings):
+        calls.append(settings["indices"])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(gpt, labels, **settings)
+
+    monkeypatch.setattr(samples, "generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run_samples(generator, record, tmp_path / "a.npz", ALONE, progress=False)
+    assert not (tmp_path / "a.npz").exists()
+    # the first part (two batches) is kept, the second was being made
+    assert run_samples(generator, record, tmp_path / "a.npz", ALONE, progress=False) == 7
+    assert calls[4:] == [[4, 5], [6, 7], [8, 9], [10, 10]]
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert run_samples(generator, record, tmp_path / "a.npz", ALONE, progress=False) == 0
+    assert len(calls) == 8
+
+
+def test_parts_and_files_of_another_run_are_refused_and_kept(job, tmp_path):
+    generator, record = job
+    path = tmp_path / "a.npz"
+    run_samples(generator, record, path, ALONE, progress=False)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"a\.npz holds other samples \(seed 3 there, 4 now\)"):
+        run_samples(generator, {**record, "seed": 4}, path, ALONE, progress=False)
+    assert path.read_bytes() == before
+    np.savez(path, arr_0=np.zeros(3))
+    with pytest.raises(ValueError, match="holds other samples"):
+        run_samples(generator, record, path, ALONE, progress=False)
+
+
+def test_a_full_disk_is_found_before_the_work(job, tmp_path, monkeypatch):
+    generator, record = job
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(samples.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(samples, "generate", lambda *a, **k: pytest.fail("generated"))
+    with pytest.raises(ValueError, match="GB of disk"):
+        run_samples(generator, record, tmp_path / "a.npz", ALONE, progress=False)
+
+
+@given(
+    scheme=st.sampled_from(sorted(LABEL_SCHEMES)),
+    count=st.integers(1, 400),
+    classes=st.integers(1, 40),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_labels_of_a_shorter_run_are_the_first_of_a_longer_one(scheme, count, classes, seed):
+    ids = np.arange(classes) * 3
+    labels = LABEL_SCHEMES[scheme](count, ids, seed)
+    assert np.array_equal(LABEL_SCHEMES[scheme](count + 7, ids, seed)[:count], labels)
+    assert np.isin(labels, ids).all()
+    if scheme == "balanced":
+        counts = np.bincount(labels // 3, minlength=classes)
+        assert counts.max() - counts.min() <= 1
+
+
+def test_random_labels_are_even_and_differ_between_seeds():
+    labels = LABEL_SCHEMES["random"](20_000, np.arange(10), 5)
+    assert np.abs(np.bincount(labels) - 2000).max() < 250  # six standard deviations
+    assert (labels != LABEL_SCHEMES["random"](20_000, np.arange(10), 6)).mean() > 0.8
+
+
+def torchrun(processes: int, arguments: list, cwd: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [*launcher, ROOT / "sample.py", *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
+def test_two_processes_write_the_file_that_one_writes(bundle, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(samples, "PART_PICTURES", 256)  # as the real command
+    arguments = ["--checkpoint", bundle, "--num-samples", 530, "--batch-size", 50, "--device", "cpu", "--cfg", 1.5]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert sample.main([*map(str, arguments), "--npz", "one.npz"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert "530 pictures made" in capsys.readouterr().out
+    done = torchrun(2, [*arguments, "--npz", "two.npz"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert Path("two.npz").read_bytes() == Path("one.npz").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.npz", "two.npz"]
+
+
+def test_a_preset_fixes_its_settings(bundle, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "unitok-cfgfree", replace(PRESETS["unitok-cfgfree"], num_samples=6))
+    path = tmp_path / "a.npz"
+    arguments = ["--checkpoint", str(bundle), "--preset", "unitok-cfgfree", "--npz", str(path), "--device", "cpu"]
+    assert sample.main([*arguments, "--seed", "5"]) == 0
+    record = read_record(path)
+    wanted = {"temperature": 0.9, "cfg_scale": 1.0, "labels": "random", "num_samples": 6, "seed": 5, "top_k": 0}
+    assert {name: record[name] for name in wanted} == wanted
+    capsys.readouterr()
+    assert sample.main([*arguments, "--temperature=0.8"]) == 2
+    assert "fixes --temperature at 0.9" in capsys.readouterr().err
+    assert sample.main([*arguments, "--preset", "unknown"]) == 2
+    assert "choose one of unitok-cfgfree" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-samples", "5"], "give --npz"),
+        (["--num-samples", "0", "--npz", "a.npz"], "--num-samples must be"),
+        (["--num-samples", "5", "--npz", "a.npz", "--batch-size", "0"], "--batch-size must be"),
+        (["--num-samples", "5", "--npz", "a.npz", "--out", "a.png"], "leave out --out"),
+        (["--num-samples", "5", "--npz", "gone/a.npz"], "--npz gone/a.npz cannot be written"),
+        (["--num-samples", "5", "--npz", "a.npz", "--class", "9"], "no class 9"),
+    ],
+)
+def test_wrong_large_runs_end_in_one_line(bundle, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert sample.main([*arguments, "--checkpoint", str(bundle), "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and message in err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,233 @@
+"""Every flag that train_gpt.py parses does something: it is read, and changing it changes plan or first steps."""
+
+import ast
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from safetensors.torch import load_file
+
+import train_gpt
+from llamagen_unitok import pipeline
+from llamagen_unitok.runtime.flags import Parser
+from llamagen_unitok.training import data, flops, loop
+from llamagen_unitok.training.data import CodeShards
+from llamagen_unitok.training.dry_run import DryRun
+from llamagen_unitok.training.generator import GeneratorTraining
+from llamagen_unitok.training.loop import LoopConfig
+from llamagen_unitok.training.recipes import Plan
+from tests.random_codes import random_codes
+from tests.tiny_generator import tiny_gpt
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = (Plan, GeneratorTraining, LoopConfig, DryRun)
+FIELDS = [field.name for settings in SETTINGS for field in dataclasses.fields(settings)]
+
+# What a run of three steps, or a dry run, starts from; then for each field what is changed, and what must be there
+# with it on both sides.
+SHAPE = "--layers 1 --heads 2 --width 32 --depth-layers 1 --ffn-multiple 16"
+BASE = "--steps 3 --batch-size 4 --warmup-steps 0 --workers 0 --lr 1e-3 --precision fp32"
+RUNS: dict[str, str | tuple[str, str]] = {
+    "codes": "--codes {other}",
+    "qk_norm": "--qk-norm",
+    "class_dropout": "--class-dropout 0",
+    "warmup_steps": "--warmup-steps 2",
+    "warmup_share": "--warmup-share 0.7",
+    "dropout": "--dropout 0",
+    "z_loss": "--z-loss 0.1",
+    "head_share": "--head-share 0.5",
+    "held_out": ("--held-out 0.3 --validate-every 1", "--held-out 0.5 --validate-every 1"),
+    "validate_every": ("--held-out 0.3 --validate-every 1", "--held-out 0.3 --validate-every 2"),
+    "preview_every": "--preview-every 2",
+    "peak_tflops": "--peak-tflops 1",
+    "init": "--init {weights}",
+    "verify": "--verify",
+    "batch_size": "--batch-size 2",
+    "recipe": "--recipe llamagen",
+    "lr": "--lr 2e-3",
+    "lr_schedule": "--lr-schedule linear",
+    "weight_decay": "--weight-decay 0.5",
+    "beta1": "--beta1 0.5",
+    "beta2": "--beta2 0.5",
+    "grad_clip": "--grad-clip 0.01",
+    "ema": "--ema 0.5",
+    "precision": "--precision bf16",
+    "accumulate": "--accumulate 2",
+    "parallel": "--parallel fsdp",
+    "shard_size": "--shard-size 1",
+    "checkpoint_activations": "--checkpoint-activations full",
+    "compile": "--compile on",
+    "seed": "--seed 1",
+    "workers": "--workers 1",
+    "log_every": "--log-every 2",
+    "save_every": "--save-every 1",
+    "keep": ("--save-every 1", "--save-every 1 --keep 1"),
+    "keep_every": ("--save-every 1 --keep 1", "--save-every 1 --keep 1 --keep-every 2"),
+    "async_save": "--no-async-save",
+}
+PLANS: dict[str, str | tuple[str, str]] = {
+    "epochs": ("", "--epochs 7"),
+    "model": ("", "--model L"),
+    "layers": "--layers 2",
+    "heads": "--heads 4",
+    "width": "--width 64",
+    "depth_layers": "--depth-layers 2",
+    "ffn_multiple": "--ffn-multiple 64",
+    "steps": "--steps 4",
+    "gpus": "--gpus 2",
+    "shards": ("--gpus 2", "--gpus 2 --shards 2"),
+    "mfu": "--mfu 0.25",
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flags")
+    gpt = tiny_gpt(layers=1, heads=2, width=32, depth_layers=1, ffn_multiple=16)
+    return {
+        "codes": random_codes(folder / "codes"),
+        "other": random_codes(folder / "other", seed=1),
+        "weights": gpt.save_pretrained(folder / "weights"),
+    }
+
+
+def run(words: str, out: Path, places: dict) -> dict:
+    """Everything that three steps leave and ask for, but times."""
+    asked = []
+
+    def loader(*args, num_workers, **options):
+        asked.append(f"{num_workers} workers")
+        return real_loader(*args, num_workers=0, pin_memory=options["pin_memory"], **args_of(options))
+
+    def args_of(options: dict) -> dict:
+        return {name: value for name, value in options.items() if name == "batch_sampler"}
+
+    def recorded(name):
+        """What has an effect on several processes or on a GPU only: that it is asked for as the flag says."""
+        real = getattr(loop, name)
+
+        def call(*args, **options):
+            asked.append(f"{name} {args[1:] if name == 'wrap_blocks' else ''} {plain(options)}")
+            return None if name == "wrap_blocks" else real(*args, **options)
+
+        return mock.patch.object(loop, name, call)
+
+    def plain(options: dict) -> dict:
+        return {name: value for name, value in options.items() if isinstance(value, (str, int, bool))}
+
+    def make_preview(_tokenizer, **_options):
+        return lambda _gpt, png: (png.parent.mkdir(exist_ok=True), png.touch())
+
+    def verified(self):
+        asked.append("verify")
+
+    real_loader = data.DataLoader
+    base = BASE.replace("--warmup-steps 0", "") if "--warmup-share" in words else BASE
+    command = ["--codes", str(places["codes"]), *SHAPE.split(), *base.split(), *words.format(**places).split()]
+    with (
+        mock.patch.object(data, "DataLoader", loader),
+        recorded("wrap_blocks"),
+        recorded("ParallelModule"),
+        recorded("Checkpoints"),
+        mock.patch.object(CodeShards, "verify", verified),
+        mock.patch.object(train_gpt, "preflight", lambda *_args, **_options: "checked"),
+        mock.patch.object(pipeline, "make_preview", make_preview),
+        mock.patch.object(loop, "keep_freed_memory"),
+    ):
+        assert train_gpt.main([*command, "--out", str(out), "--preview", "any", "--device", "cpu"]) == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    weights = load_file(out / "generator" / "model.safetensors")
+    return {
+        "asked": asked,
+        "weights": sum(t.double().abs().sum().item() for t in weights.values()),
+        "logged": [(line["step"], sorted(line)) for line in lines],
+        "files": sorted(p.name for kind in ("checkpoints", "previews") for p in (out / kind).glob("step-*")),
+    }
+
+
+def plan(words: str, places: dict, capsys) -> str:
+    command = ["--codes", str(places["codes"]), "--gpus", "1", "--dry-run", *words.split()]
+    # Counted activations take a second each, and tests/test_flops.py holds them.
+    with mock.patch.object(flops, "activations", lambda *_args: flops.Activations(1e9, 1e9)):
+        assert train_gpt.main(command) == 0
+    return capsys.readouterr().out.split("\nmodel ")[1]
+
+
+def both(change: str | tuple[str, str]) -> tuple[str, str]:
+    return change if isinstance(change, tuple) else ("", change)
+
+
+def test_every_field_is_in_one_of_the_tables():
+    assert sorted(FIELDS) == sorted([*RUNS, *PLANS]), "give a new setting a row: what changes when it does?"
+
+
+@pytest.fixture(scope="module")
+def unchanged(places, tmp_path_factory):
+    """Outcomes of the command lines that changes are compared with."""
+    known = {}
+
+    def outcome(words: str) -> dict:
+        if words not in known:
+            known[words] = run(words, tmp_path_factory.mktemp("base") / "run", places)
+        return known[words]
+
+    return outcome
+
+
+def test_the_same_command_does_the_same(places, tmp_path, unchanged, capsys):
+    """Else the tests below could not fail."""
+    assert run("", tmp_path / "run", places) == unchanged("")
+    assert plan(SHAPE, places, capsys) == plan(SHAPE, places, capsys)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_changed_setting_changes_the_first_steps(name, places, tmp_path, unchanged):
+    before, after = both(RUNS[name])
+    assert run(after, tmp_path / "run", places) != unchanged(before)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_changed_setting_changes_the_plan(name, places, capsys):
+    before, after = both(PLANS[name])
+    base = "--batch-size 4 --warmup-steps 0 "
+    base += "--model B --layers 2 " if name in ("model", "shards") else f"{SHAPE} "
+    base += "" if name == "epochs" else "--steps 9 "
+    assert plan(base + before, places, capsys) != plan(base + after, places, capsys)
+
+
+@functools.cache
+def read_names() -> set[str]:
+    """Names that some function reads: attributes, and words such as those that subscripts and getattr take. Checks of
+    settings in their own __post_init__ do not count."""
+    found = set()
+    for path in [*(ROOT / "llamagen_unitok").rglob("*.py"), ROOT / "train_gpt.py"]:
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(function, ast.FunctionDef) and function.name != "__post_init__":
+                for node in ast.walk(function):
+                    match node:
+                        case ast.Attribute(attr=name, ctx=ast.Load()) | ast.Constant(value=str(name)):
+                            found.add(name)
+    return found
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_setting_is_read(name):
+    assert name in read_names()
+
+
+def test_every_other_flag_of_the_script_is_read():
+    class Seen(Exception):
+        pass
+
+    def stop(self, _argv):
+        raise Seen([action.dest for action in self._actions])
+
+    with mock.patch.object(Parser, "parse_args", stop), pytest.raises(Seen) as seen:
+        train_gpt.main([])
+    others = set(seen.value.args[0]) - set(FIELDS) - {"help"}
+    tree = ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
+    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "flags"}
+    assert others and others == read & others
