@@ -12,10 +12,10 @@ from llamagen_unitok.runtime.memory import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit("no glibc")
 fill = lambda: torch.ones(16 << 20)  # 64 MiB, freed at once
-for _ in range(3):  # blocks are found again from the second time on
+for _ in range(8):  # a few, until small blocks have settled around the large one
     fill()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
+for _ in range(40):
     fill()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """

@@ -262,7 +262,9 @@ gpt = GPT(GPTConfig(2, 2, 32, num_classes=5, num_positions=4, num_codebooks=2, c
 torch.nn.init.normal_(gpt.output.linear_head.weight)
 objective = GeneratorObjective(gpt, 0.0)
 labels, codes = torch.arange(4), torch.randint(0, 8, (4, 4, 2), generator=torch.Generator().manual_seed(1))
-with processes("cpu") as world:
+
+
+def run(world):
     share = world.share(4)
     mine = slice(world.rank * share, (world.rank + 1) * share)
     wrapped = world.wrap(objective)
@@ -271,6 +273,10 @@ with processes("cpu") as world:
     if world.is_main:
         torch.save([p.grad for p in gpt.parameters()], sys.argv[1])
     assert world.mean(torch.tensor(float(world.rank))).item() == (world.size - 1) / 2
+
+
+with processes("cpu") as world:
+    run(world)
 """
 
 

@@ -6,6 +6,7 @@ Started by ``torchrun`` the group is made from its environment (nccl on CUDA, gl
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -158,4 +159,7 @@ def processes(device: str = "auto") -> Iterator[World]:
     try:
         yield World(rank=dist.get_rank(), size=size, device=chosen)
     finally:
+        # A wrapped module that only a reference cycle keeps would carry the group's threads into the interpreter's end,
+        # where a thread that asks for the lock aborts the process.
+        gc.collect()
         dist.destroy_process_group()
