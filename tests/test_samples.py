@@ -18,6 +18,7 @@ from llamagen_unitok.evaluation.presets import PRESETS
 from llamagen_unitok.evaluation.provenance import model_record, read_record
 from llamagen_unitok.evaluation.samples import LABEL_SCHEMES, SampleRun, run_samples, sample_record
 from llamagen_unitok.pipeline import ImageGenerator
+from llamagen_unitok.runtime.background import Background
 from llamagen_unitok.runtime.distributed import World
 from llamagen_unitok.sampling import SamplingConfig
 
@@ -86,6 +87,37 @@ def test_an_interrupted_run_goes_on_and_makes_nothing_twice(job, tmp_path, monke
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
     assert run_samples(generator, record, tmp_path / "a.npz", ALONE, progress=False) == 0
     assert len(calls) == 8
+
+
+def test_decoding_beside_generation_changes_no_byte(job, tmp_path, monkeypatch):
+    generator, record = job
+    run_samples(generator, record, tmp_path / "a.npz", ALONE, progress=False)
+    monkeypatch.setattr(samples, "Background", lambda beside=True: Background())  # as on CUDA
+    run_samples(generator, record, tmp_path / "b.npz", ALONE, progress=False)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_a_part_that_cannot_be_written_ends_the_run(job, tmp_path, monkeypatch):
+    generator, record = job
+
+    def full(path, arrays):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(samples, "write_npz", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_samples(generator, record, tmp_path / "a.npz", ALONE, progress=False)
+    assert not (tmp_path / "a.npz").exists()
+
+
+@pytest.mark.gpu
+def test_cuda_decodes_on_a_second_stream_what_it_generated(bundle, tmp_path):
+    generator = ImageGenerator.from_pretrained(bundle, device="cuda", dtype="fp32")
+    record = sample_record(generator, model_record(bundle), RUN, SamplingConfig(seed=3))
+    run_samples(generator, record, tmp_path / "a.npz", World(0, 1, torch.device("cuda")), progress=False)
+    with np.load(tmp_path / "a.npz") as made:
+        for pixels, codes in zip(made["arr_0"], made["codes"], strict=True):
+            alone = generator.decode(torch.from_numpy(codes[None].astype(np.int64)))[0]
+            assert np.abs(np.asarray(alone).astype(int) - pixels).max() <= 1
 
 
 def test_parts_and_files_of_another_run_are_refused_and_kept(job, tmp_path):

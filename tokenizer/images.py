@@ -59,8 +59,16 @@ def to_unit(pixels: np.ndarray | Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """float (B, 3, H, W) in [-1, 1] → uint8 (B, H, W, 3), ``clamp(127.5 x + 128, 0, 255)`` truncated, as published."""
-    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
+    """float (B, 3, H, W) in [-1, 1] → uint8 (B, H, W, 3), ``clamp(127.5 x + 128, 0, 255)`` truncated, as published.
+
+    From CUDA by way of page-locked memory, on the current stream, which alone is waited for.
+    """
+    pixels = (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).movedim(-3, -1).contiguous()
+    if pixels.is_cuda:
+        locked = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True).copy_(pixels, non_blocking=True)
+        torch.cuda.current_stream(pixels.device).synchronize()
+        pixels = locked
+    return pixels.cpu().numpy()
 
 
 def load_rgb(

@@ -11,17 +11,21 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from llamagen_unitok.evaluation.npz import ArrayStream, NpzReader, write_npz
 from llamagen_unitok.evaluation.provenance import RECORD_NAME, as_array, code_version, read_record
 from llamagen_unitok.pipeline import ImageGenerator
+from llamagen_unitok.runtime.background import Background
 from llamagen_unitok.runtime.distributed import World
 from llamagen_unitok.runtime.files import replacing
 from llamagen_unitok.sampling import SamplingConfig, generate
@@ -142,16 +146,24 @@ def run_samples(
     made = sum(len(parts[i]) for i in missing)
     generator.tokenizer.to(generator.gpt.norm.weight.device)
     generator.use_decoder(generator.decoder_name)  # one that holds weights of its own follows
-    with tqdm(
+    stream = torch.cuda.Stream() if generator.gpt.norm.weight.is_cuda else None
+    bar = tqdm(
         total=sum(len(parts[i]) for i in mine),
         initial=sum(len(parts[i]) for i in mine) - made,
         desc=path.name,
         unit="picture",
         disable=not (progress and world.is_main),
         dynamic_ncols=True,
-    ) as bar:
+    )
+    # On a CPU decoding beside generation would only take its cores; writing takes none.
+    with bar, Background() as writer, Background(beside=stream is not None) as decoder:
         for i in missing:
-            write_npz(names[i], _make_part(generator, record, run, labels, parts[i], bar))
+            pixels, codes = [], []
+            for batch, numbers in _generate(generator, record, run, labels, parts[i]):
+                pixels.append(decoder.submit(_decode, generator, batch, stream, _mark(stream)))
+                codes.append(batch)
+                bar.update(len(numbers))
+            writer.submit(_write_part, names[i], len(parts[i]), pixels, codes)
     world.barrier()
     if world.is_main:
         _merge(names, parts, labels, record, path)
@@ -165,25 +177,50 @@ def _labels(generator: ImageGenerator, run: SampleRun, record: dict[str, Any]) -
     return LABEL_SCHEMES[run.labels](run.num_samples, np.asarray(classes, dtype=np.int64), record["seed"])
 
 
-def _make_part(
-    generator: ImageGenerator, record: dict[str, Any], run: SampleRun, labels: np.ndarray, numbers: range, bar: tqdm
-) -> dict[str, np.ndarray]:
+def _generate(
+    generator: ImageGenerator, record: dict[str, Any], run: SampleRun, labels: np.ndarray, part: range
+) -> Iterator[tuple[Tensor, range]]:
+    """The batches of a part: codes (B, L, K) and the samples that they are; the last batch is padded at its end."""
     sampling = {f.name: record[f.name] for f in dataclasses.fields(SamplingConfig)}
-    pixels, codes = [], []
-    for first in range(numbers.start, numbers.stop, run.batch_size):
-        indices = [min(i, numbers.stop - 1) for i in range(first, first + run.batch_size)]  # the last batch is padded
-        count = min(run.batch_size, numbers.stop - first)
-        try:
-            batch = generate(
+    for first in range(part.start, part.stop, run.batch_size):
+        indices = [min(i, part.stop - 1) for i in range(first, first + run.batch_size)]
+        with _memory_named(run.batch_size):
+            codes = generate(
                 generator.gpt, labels[indices].tolist(), indices=indices, engine=record["engine"], **sampling
             )
-            images = torch.cat([generator.images(rows) for rows in batch.split(DECODE_ROWS)])
-        except torch.OutOfMemoryError:
-            raise ValueError(f"out of memory with batches of {run.batch_size}: use a smaller --batch-size") from None
-        pixels.append(to_uint8(images)[:count])
-        codes.append(batch[:count].cpu().numpy().astype(np.uint16))
-        bar.update(count)
-    return {"arr_0": np.concatenate(pixels), "codes": np.concatenate(codes)}
+        yield codes, range(first, min(first + run.batch_size, part.stop))
+
+
+def _decode(
+    generator: ImageGenerator, codes: Tensor, stream: torch.cuda.Stream | None, ready: torch.cuda.Event | None
+) -> np.ndarray:
+    """codes (B, L, K) → uint8 (B, H, W, 3); on CUDA on a stream of its own, from when the codes are ready."""
+    with torch.cuda.stream(stream), _memory_named(len(codes)):
+        if ready is not None:
+            ready.wait()
+        return to_uint8(torch.cat([generator.images(rows) for rows in codes.split(DECODE_ROWS)]))
+
+
+def _mark(stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
+    """What has been asked of the current stream so far; None without a `stream` that would wait for it."""
+    return None if stream is None else torch.cuda.current_stream().record_event()
+
+
+def _write_part(path: Path, count: int, pixels: list[Future[np.ndarray]], codes: list[Tensor]) -> None:
+    """Write the first `count` pictures and codes of the batches of a part, as soon as all are decoded."""
+    arrays = {
+        "arr_0": np.concatenate([batch.result() for batch in pixels])[:count],
+        "codes": torch.cat(codes)[:count].cpu().numpy().astype(np.uint16),
+    }
+    write_npz(path, arrays)
+
+
+@contextmanager
+def _memory_named(batch_size: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise ValueError(f"out of memory with batches of {batch_size}: use a smaller --batch-size") from None
 
 
 def _merge(names: list[Path], parts: list[range], labels: np.ndarray, record: dict[str, Any], path: Path) -> None:
