@@ -289,7 +289,8 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     subprocess.run([sys.executable, str(script), str(tmp_path / "1.pt")], env=environment, check=True, timeout=240)
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
     for a, b in zip(one, two, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+        # Rounding follows the largest terms of the sums, not each element: 1e-5 of a tensor's largest gradient.
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 @pytest.mark.slow  # tests/test_parallel.py compares every step; this one goes through the script
