@@ -21,7 +21,7 @@ from llamagen_unitok.training.generator import GeneratorTraining, train_generato
 from llamagen_unitok.training.loop import LoopConfig
 from llamagen_unitok.training.preflight import preflight
 from llamagen_unitok.training.recipes import Plan, Resolved, count_steps, describe, resolve
-from llamagen_unitok.training.validation import split
+from llamagen_unitok.training.validation import held_out_count
 
 RUN_SETTINGS = (GeneratorTraining, LoopConfig)
 
@@ -49,19 +49,20 @@ def main(argv: list[str] | None = None) -> int:
         if flags.export:
             print(export_run(flags))
             return
-        codes, held_out = resolved.values["codes"], resolved.values["held_out"]
-        if codes is None and not flags.dry_run:
+        training = resolved.take(GeneratorTraining)
+        if training.codes is None and not flags.dry_run:
             raise ValueError("--codes is missing: give a folder of code shards, or --dry-run to count without one")
-        meta = IMAGENET if codes is None else read_meta(Path(codes))
-        trained, _ = split(sum(meta.shard_sizes), held_out, resolved.values["seed"])
-        resolved = count_steps(resolved, len(trained), len(meta.views))
-        training, loop = (resolved.take(settings) for settings in RUN_SETTINGS)
+        meta = IMAGENET if training.codes is None else read_meta(training.codes)
+        pictures = sum(meta.shard_sizes)
+        trained = pictures - held_out_count(pictures, training.held_out)
+        resolved = count_steps(resolved, trained, len(meta.views))
+        loop = resolved.take(LoopConfig)
         if training.preview_every and not flags.preview:
             raise ValueError("--preview-every needs --preview: give the tokenizer to draw with")
         if flags.dry_run:
             costs = settings_from(DryRun, flags)
             print(describe(resolved))
-            print(dry_run(costs, training.architecture_for(meta), training, loop, len(trained)))
+            print(dry_run(costs, training.architecture_for(meta), training, loop, trained))
             return
         run(flags, resolved, training, loop)
 

@@ -1,6 +1,7 @@
 """Training: resumed runs equal uninterrupted ones, optimizers cover every parameter, processes average gradients."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -66,7 +67,7 @@ def tiny_preset():
     """A 32-pixel tokenizer among the presets, for the scripts to name."""
     PRESETS["vitamin_test"] = replace(
         PRESETS["vitamin_tiny"], img_size=32, stem_width=8, conv_widths=(8, 8), conv_depths=(1, 1), width=32, depth=1,
-        heads=2, num_codebooks=2, code_width=4, codebook_size=16,
+        heads=2, num_codebooks=2, code_width=4, codebook_size=16, embed_dim=8,
     )  # fmt: skip
     yield "vitamin_test"
     del PRESETS["vitamin_test"]
@@ -135,7 +136,10 @@ def test_resumed_generator_equals_uninterrupted_bit_for_bit(codes, tmp_path):
     shutil.rmtree(cut / "generator")
     newest = complete_checkpoints(cut)[-1]
     newest.rename(newest.with_name(f".{newest.name}.tmp"))
+    half_written = cut / ".generator.0badcafe.tmp"
+    half_written.mkdir()
     assert same(whole, train_generator(codes, cut, "--steps", 6))
+    assert not half_written.exists()
     assert (cut / "checkpoints" / "latest").resolve().name == "step-00000006"
     steps = [json.loads(line)["step"] for line in (cut / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
@@ -154,6 +158,49 @@ def test_resumed_tokenizer_equals_uninterrupted_bit_for_bit(tiny_preset, picture
     newest = complete_checkpoints(cut)[-1]
     newest.rename(newest.with_name(f".{newest.name}.tmp"))
     assert same(whole, run(cut))
+
+
+def test_two_processes_train_a_tokenizer_with_an_image_head(tiny_preset, pictures, tmp_path):
+    # A process of its own knows only the presets of the code, so the small one is put there by a file that it starts.
+    start = tmp_path / "start.py"
+    start.write_text(
+        "import sys\nfrom dataclasses import replace\nimport train_tokenizer\nfrom tokenizer import PRESETS\n"
+        "PRESETS['small'] = replace(PRESETS['vitamin_base'], img_size=32, stem_width=8, conv_widths=(8, 8), "
+        "conv_depths=(1, 1), width=32, depth=1, heads=2, num_codebooks=2, code_width=4, codebook_size=16)\n"
+        "sys.exit(train_tokenizer.main())\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["--images", pictures, "--preset", "small", "--out", tmp_path / "run", *LOOP, "--steps", 3]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([str(a) for a in [*torchrun, start, *arguments]], env=environment, check=True, timeout=240)
+    assert "projection.weight" in load_file(tmp_path / "run" / "tokenizer" / "model.safetensors")
+
+
+def test_a_broken_picture_ends_training_in_one_line_that_names_it(tiny_preset, pictures, tmp_path, capsys):
+    images = tmp_path / "pictures"
+    shutil.copytree(pictures, images)
+    broken = images / "class 1" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:300])
+    arguments = ["--images", images, "--preset", tiny_preset, "--out", tmp_path / "run", *LOOP, "--steps", 4]
+    workers = arguments.index("--workers") + 1
+    arguments[workers] = "1"
+    assert train_tokenizer.main([str(a) for a in arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert str(broken) in error and "Traceback" not in error and len(error) < 300
+    assert not multiprocessing.active_children()  # one that is left would keep the command from ending
+
+
+def test_going_back_to_an_earlier_checkpoint_needs_the_later_ones_out_of_the_way(codes, tmp_path, capsys):
+    out = tmp_path / "run"
+    whole = train_generator(codes, out, "--steps", 6)
+    earlier = out / "checkpoints" / "step-00000002"
+    arguments = ["--codes", codes, "--out", out, *SMALL_GPT, *LOOP, "--ema", "0.9", "--steps", 6, "--resume", earlier]
+    assert train_gpt.main([str(a) for a in arguments]) == 2
+    assert "holds checkpoints after step-00000002 (step-00000004, step-00000006)" in capsys.readouterr().err
+    for step in (4, 6):
+        shutil.rmtree(out / "checkpoints" / f"step-{step:08d}")
+    assert same(whole, train_generator(codes, out, "--steps", 6, "--resume", earlier))
+    assert same(whole, train_generator(codes, tmp_path / "other", "--steps", 6, "--resume", earlier))
 
 
 def test_a_killed_run_resumes_to_the_same_weights(codes, tmp_path):
@@ -205,11 +252,36 @@ def test_a_run_is_not_continued_with_other_settings(codes, tmp_path, capsys):
         (["--precision", "fp8"], "--precision must be one of bf16, tf32, fp32"),
         (["--codes", "/nowhere"], "/nowhere has no meta.json"),
         (["--device", "warp"], "--device warp is not a device"),
+        (["--device", "meta"], "--device meta is not a device that this runs on"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--workers", "-1"], "--workers must be at least 0"),
+        (["--warmup-steps", "-5"], "--warmup-steps must be at least 0"),
+        (["--grad-clip", "nan"], "--grad-clip must be 0 or above"),
+        (["--beta1", "2"], "--beta1 must lie in [0, 1)"),
+        (["--lr", "inf"], "--lr must be above 0"),
     ],
 )
 def test_wrong_training_flags_are_one_clear_line(codes, tmp_path, capsys, flags, message):
     out = tmp_path / "run"
     assert train_gpt.main(["--codes", str(codes), "--out", str(out), *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--l1", "nan"], "--l1 must be 0 or above"),
+        (["--l2", "-1"], "--l2 must be 0 or above"),
+        (["--l1", "0", "--l2", "0", "--vq", "0"], "all weights of the loss are 0"),
+        (["--restart-every", "-1"], "--restart-every must be 0 or above"),
+        (["--restart-until", "2"], "--restart-until must lie in [0, 1]"),
+    ],
+)
+def test_wrong_tokenizer_flags_are_one_clear_line(pictures, tiny_preset, tmp_path, capsys, flags, message):
+    out = tmp_path / "run"
+    assert train_tokenizer.main(["--images", str(pictures), "--preset", tiny_preset, "--out", str(out), *flags]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not out.exists()

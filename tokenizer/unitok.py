@@ -84,6 +84,12 @@ class UniTok(ModelFolder, nn.Module):
         for module in (self.encoder, self.quant_proj, self.quantizer):
             module.requires_grad_(False)
 
+    def freeze_embeddings(self) -> None:
+        """Take what only makes embeddings (image head, text tower) out of training: for losses that read none."""
+        for name, parameter in self.named_parameters():
+            if name.split(".")[0] in ("fc_norm", "projection", "text_encoder", "logit_scale"):
+                parameter.requires_grad_(False)
+
     def _projection_modules(self):
         yield from self.quant_proj.modules()
         yield from self.post_quant_proj.modules()

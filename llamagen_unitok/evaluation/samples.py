@@ -27,7 +27,7 @@ from llamagen_unitok.evaluation.provenance import RECORD_NAME, as_array, code_ve
 from llamagen_unitok.pipeline import ImageGenerator
 from llamagen_unitok.runtime.background import Background
 from llamagen_unitok.runtime.distributed import World
-from llamagen_unitok.runtime.files import replacing
+from llamagen_unitok.runtime.files import clear_unfinished, replacing
 from llamagen_unitok.sampling import SamplingConfig, generate
 from llamagen_unitok.sampling.seeds import MAX_SEED
 from tokenizer.images import to_uint8
@@ -244,6 +244,7 @@ def _open_parts(folder: Path, record: dict[str, Any]) -> None:
     job = folder / JOB_NAME
     if job.exists():
         _refuse_other_run(folder, json.loads(job.read_text(encoding="utf-8")), record)
+        clear_unfinished(folder)
         return
     folder.mkdir(exist_ok=True)
     with replacing(job) as file:

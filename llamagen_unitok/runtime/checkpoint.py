@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from llamagen_unitok.runtime.distributed import World
+from llamagen_unitok.runtime.files import clear_unfinished
 
 META_NAME = "meta.json"
 _NAME = re.compile(r"step-\d{8}")
@@ -60,8 +61,7 @@ class Checkpoints:
         # Its own group: the writers' messages must not mix with those of the training step.
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         if world.is_main:
-            for left in (out / "checkpoints").glob(".step-*"):
-                shutil.rmtree(left, ignore_errors=True)
+            clear_unfinished(out / "checkpoints")
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Begin to write `state` (nested dicts of tensors and numbers), once the save before is done.

@@ -137,7 +137,9 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name} is not a device: use auto, cpu or cuda") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name} is not a device that this runs on: use auto, cpu or cuda")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("--device cuda, but this machine has no CUDA device: use --device cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +39,19 @@ def _check_folder(flag: str, path: Path, folder: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"{flag} {path} cannot be written: {error.strerror} ({folder})") from None
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a killed process left half-written in a folder that one run has to itself.
+
+    Call it before any process of the run writes there. What was being replaced just then gets its name back.
+    """
+    for left in folder.glob(".*.old"):
+        name = left.name[1:].rsplit(".", 2)[0]
+        if not (folder / name).exists():
+            left.rename(folder / name)
+    for left in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ shard-00000-of-00064.safetensors            codes uint16 (N, A, L, K), A augment
 from __future__ import annotations
 
 import bisect
+import hashlib
 import json
 import os
 import signal
@@ -58,6 +59,11 @@ class CodeMeta:
     def num_positions(self) -> int:
         """L: cells of the grid."""
         return self.grid**2
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of the shards' checksums: which codes these are."""
+        return hashlib.sha256("".join(self.checksums).encode()).hexdigest()
 
 
 def write_shard(folder: Path, index: int, count: int, codes: np.ndarray, labels: np.ndarray) -> Path:
@@ -260,7 +266,11 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 def step_batches(
     dataset: Dataset, *, global_batch: int, first_step: int, steps: int, seed: int, workers: int, world: World
 ) -> Iterator[tuple[Tensor, ...]]:
-    """This process's batches of a dataset of (index, draw), one for each step from `first_step` on."""
+    """This process's batches of a dataset of (index, draw), one for each step from `first_step` on.
+
+    Close it to end its workers: they do not heed signals. What a worker raises (ValueError, OSError) comes out as it
+    was raised, in one line.
+    """
     workers = usable_workers(workers)
     loader = DataLoader(
         dataset,
@@ -270,7 +280,23 @@ def step_batches(
         worker_init_fn=_start_worker if workers else None,
         prefetch_factor=4 if workers else None,
     )
-    return iter(loader)
+    failure: Exception | None = None
+    batches = iter(loader)
+    try:
+        yield from batches
+    except (ValueError, OSError) as error:
+        failure = type(error)(_raised_in_worker(str(error)))
+    finally:
+        del batches  # its workers end with it
+    if failure:
+        raise failure  # from out here, for the traceback of the first one holds on to the workers
+
+
+def _raised_in_worker(text: str) -> str:
+    """The message of an error that a worker raised, out of the text with its traceback that the loader makes of it."""
+    if not text.startswith("Caught "):
+        return text
+    return text.strip().splitlines()[-1].partition(": ")[2] or text
 
 
 def usable_workers(wanted: int) -> int:

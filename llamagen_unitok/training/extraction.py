@@ -16,7 +16,7 @@ from tqdm import tqdm
 from llamagen_unitok.grid import labelled_grid
 from llamagen_unitok.labels import ClassNames, check_classes
 from llamagen_unitok.runtime.distributed import World
-from llamagen_unitok.runtime.files import replacing
+from llamagen_unitok.runtime.files import clear_unfinished, replacing
 from llamagen_unitok.training.data import (
     META_NAME,
     CodeMeta,
@@ -258,6 +258,7 @@ def _start_or_continue(out: Path, job: dict) -> dict[str, str]:
         with replacing(path) as file:
             file.write((json.dumps(job, indent=1) + "\n").encode())
         return {}
+    clear_unfinished(out)
     earlier = json.loads(path.read_text())
     if earlier != job:
         differing = ", ".join(sorted(k for k in job if earlier.get(k) != job[k]))

@@ -211,10 +211,9 @@ def train_generator(
         return {"tflops": achieved / 1e12, **({"mfu": achieved / peak} if peak else {})}
 
     def generator_of(state: dict[str, Tensor]) -> GPT:
-        with torch.random.fork_rng():
+        with torch.device("meta"):
             passed = GPT(config)
-        passed.load_state_dict({name.removeprefix("gpt."): tensor for name, tensor in state.items()})
-        return passed
+        return passed.load_exactly({name.removeprefix("gpt."): tensor for name, tensor in state.items()}, out)
 
     def draw(passed: GPT, step: int) -> None:
         preview(passed.to(world.device).eval(), out / "previews" / f"step-{step:08d}.png")
@@ -254,6 +253,7 @@ def train_generator(
             "z_loss": settings.z_loss,
             "init": settings.init,
             "tokenizer_hash": shards.meta.tokenizer_hash,
+            "codes": shards.meta.fingerprint,
             "pictures": len(shards),
             "held_out": settings.held_out,
         },

@@ -7,6 +7,7 @@ step's number. A resumed run therefore needs model, optimizer and average, and n
 from __future__ import annotations
 
 import dataclasses
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +29,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils.data import Dataset
 
 from llamagen_unitok.runtime.agreement import Agreement
-from llamagen_unitok.runtime.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, read_meta
+from llamagen_unitok.runtime.checkpoint import (
+    Checkpoints,
+    complete_checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    read_meta,
+)
 from llamagen_unitok.runtime.distributed import PRECISIONS, World, set_float32_products
+from llamagen_unitok.runtime.files import clear_unfinished
 from llamagen_unitok.runtime.log import TrainingLog
 from llamagen_unitok.runtime.memory import keep_freed_memory, peak_bytes
 from llamagen_unitok.runtime.optim import EMA, clip_gradients, decay_groups, lr_factor
@@ -93,19 +101,23 @@ class LoopConfig:
         for name in ("steps", "batch_size", "log_every", "save_every", "keep", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("shard_size", "keep_every"):
+        for name in ("shard_size", "keep_every", "warmup_steps", "seed", "workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
+        for name in ("weight_decay", "grad_clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be 0 or above, not {getattr(self, name)}")
+        for name in ("beta1", "beta2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} must lie in [0, 1), not {getattr(self, name)}")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise ValueError(f"--lr must be above 0, not {self.lr}")
         if self.warmup_steps >= self.steps:
             raise ValueError(f"--warmup-steps {self.warmup_steps} must be fewer than --steps {self.steps}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"--ema must lie in [0, 1), not {self.ema}")
         lr_factor(0, steps=self.steps, warmup_steps=0, schedule=self.lr_schedule)
 
 
@@ -204,14 +216,17 @@ def train(
         set_model_state_dict(objective, state["model"])
         set_optimizer_state_dict(objective, optimizer, state["optimizer"])
         step = int(read_meta(found)["step"])
+        world.share_outcome(lambda: _check_newest(out, found))
     elif resume == "none" and world.share_outcome(lambda: find_checkpoint(out, "auto")) is not None:
         raise ValueError(f"{out} already holds a run: continue it with --resume auto, or give another --out")
 
     checkpoints = Checkpoints(
         out, meta, world, keep=config.keep, keep_every=config.keep_every, background=config.async_save
     )
-    if on_start and world.is_main:
-        on_start()
+    if world.is_main:
+        clear_unfinished(out)
+        if on_start:
+            on_start()
     log = TrainingLog(out, step, config.steps, config.batch_size, figures) if world.is_main else None
     agreement = Agreement(world)
     first_step = saved_step = step
@@ -240,17 +255,17 @@ def train(
 
     sums: dict[str, Tensor] = {}
     summed = 0
+    source = step_batches(
+        dataset,
+        global_batch=config.batch_size,
+        first_step=step,
+        steps=config.steps,
+        seed=config.seed,
+        workers=config.workers,
+        world=world,
+    )
     with _stop_signals() as stop:
         try:
-            source = step_batches(
-                dataset,
-                global_batch=config.batch_size,
-                first_step=step,
-                steps=config.steps,
-                seed=config.seed,
-                workers=config.workers,
-                world=world,
-            )
             while step < config.steps and not agreement.stop:
                 factor = lr_factor(
                     step, steps=config.steps, warmup_steps=config.warmup_steps, schedule=config.lr_schedule
@@ -302,6 +317,7 @@ def train(
                 # Killed after its last checkpoint: what is passed on may be missing or older.
                 pass_on()
         finally:
+            source.close()
             checkpoints.close()
             if log:
                 log.close()
@@ -381,6 +397,16 @@ def _check_same_run(found: Path, meta: dict[str, Any]) -> None:
         raise ValueError(
             f"{found.parent.parent} holds a run with other settings ({'; '.join(differing[:3])}): "
             "give the same ones, or another --out"
+        )
+
+
+def _check_newest(out: Path, found: Path) -> None:
+    """ValueError where the run in `out` has checkpoints after the one to go on from: they would be mixed up."""
+    newer = [path.name for path in complete_checkpoints(out) if path.name > found.name]
+    if newer:
+        raise ValueError(
+            f"{out / 'checkpoints'} holds checkpoints after {found.name} ({', '.join(newer)}): move them away to go on "
+            "from there, or give another --out"
         )
 
 

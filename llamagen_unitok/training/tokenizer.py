@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from llamagen_unitok.runtime.distributed import World
 from llamagen_unitok.training.images import TrainingPictures
 from llamagen_unitok.training.loop import LoopConfig, train
-from llamagen_unitok.training.losses import weighted_sum
+from llamagen_unitok.training.losses import TOKENIZER_TERMS, weighted_sum
 from tokenizer import UniTok, UniTokConfig
 from tokenizer.images import psnr
 
@@ -41,6 +42,15 @@ class TokenizerTraining:
             raise ValueError("--freeze-encoder needs --init, the tokenizer whose encoder is kept")
         if not 0 < self.crop_scale <= 1:
             raise ValueError(f"--crop-scale must lie in (0, 1], not {self.crop_scale}")
+        for name in TOKENIZER_TERMS:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} must be 0 or above, not {getattr(self, name)}")
+        if not any(getattr(self, name) for name in TOKENIZER_TERMS):
+            raise ValueError(f"all weights of the loss are 0: give one of --{', --'.join(TOKENIZER_TERMS)}")
+        if self.restart_every < 0:
+            raise ValueError(f"--restart-every must be 0 or above, not {self.restart_every}")
+        if not 0 <= self.restart_until <= 1:
+            raise ValueError(f"--restart-until must lie in [0, 1], not {self.restart_until}")
 
 
 class TokenizerObjective(nn.Module):
@@ -49,10 +59,13 @@ class TokenizerObjective(nn.Module):
     def __init__(self, tokenizer: UniTok, settings: TokenizerTraining, loop: LoopConfig):
         super().__init__()
         self.tokenizer = tokenizer.to(memory_format=torch.channels_last)
-        self.weights = {"l1": settings.l1, "l2": settings.l2, "vq": settings.vq}
+        self.weights = {name: getattr(settings, name) for name in TOKENIZER_TERMS}
         self.restart_every = 0 if settings.freeze_encoder else settings.restart_every
         if settings.freeze_encoder:
             tokenizer.freeze_encoder()
+        # No term of the loss reads an embedding. Left trainable, what makes them would have no gradient: DDP would wait
+        # for it for ever, and a checkpoint would lack its moments.
+        tokenizer.freeze_embeddings()
         self.last_restart = int(settings.restart_until * loop.steps)
         self.seed = loop.seed
         self._latents: Tensor | None = None
@@ -98,8 +111,9 @@ def train_tokenizer(
     )
 
     def pass_on(state: dict[str, Tensor], step: int) -> None:
-        passed = UniTok(config)
-        passed.load_state_dict({name.removeprefix("tokenizer."): tensor for name, tensor in state.items()})
+        with torch.device("meta"):
+            passed = UniTok(config)
+        passed.load_exactly({name.removeprefix("tokenizer."): tensor for name, tensor in state.items()}, out)
         passed.save_pretrained(out / "tokenizer")
 
     meta = {

@@ -16,14 +16,20 @@ BATCH = 16  # pictures that a process looks at together; no gradients, so it fit
 _MIDDLE = "centre"  # what the name of a middle crop starts with
 
 
-def split(pictures: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(trained, held out): indices in order, the second `share` of them, chosen by the seed alone.
+def held_out_count(pictures: int, share: float) -> int:
+    """How many of the pictures are held out: at least one where the share is above 0.
 
-    At least one is held out where the share is above 0. ValueError if none is left to train on.
+    ValueError if none is left to train on.
     """
     count = max(1, round(share * pictures)) if share else 0
     if count >= pictures:
         raise ValueError(f"--held-out {share} of {pictures} pictures leaves none to train on")
+    return count
+
+
+def split(pictures: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(trained, held out): indices in order, the second `held_out_count` of them, chosen by the seed alone."""
+    count = held_out_count(pictures, share)
     order = np.random.default_rng([seed, 2]).permutation(pictures)
     return np.sort(order[count:]), np.sort(order[:count])
 
