@@ -5,7 +5,7 @@
 recognised  share of classes whose picture (index 0, seed 0) has its nearest real picture, of all classes and styles,
             in its own class; without guidance and at each scale of --cfg
 styles      share of classes of which the pictures of 8 seeds (index 0) show at least 2 of the 3 styles; the style of a
-            picture is that of the nearest among the real pictures of its own class
+            picture is that of its nearest real picture
 psnr        mean over pictures of the tokenizer's PSNR in dB, on the training and on the held-out pictures
 batches     share of pictures that are equal, pixel by pixel, at batch sizes 1 and 8 in fp32
 Nearness is cosine similarity of EfficientNet-Lite0 features (demo/features.py).
@@ -33,8 +33,8 @@ from demo.features import (
     Reference,
     load_reference,
     nearest,
-    own_style,
     recognised,
+    style,
 )
 from demo.prepare_data import STYLES
 from llamagen_unitok.grid import labelled_grid
@@ -110,9 +110,7 @@ class Evaluation:
 
     def styles(self) -> dict:
         """Share of classes that show several styles over the seeds, without guidance; and each style's share."""
-        styles = torch.stack(
-            [own_style(self.features(1.0, seed), self.labels, self.reference) for seed in range(SEEDS)], dim=1
-        )
+        styles = torch.stack([style(self.features(1.0, seed), self.reference) for seed in range(SEEDS)], dim=1)
         different = torch.tensor([row.unique().numel() for row in styles])
         result = {
             "classes": len(self.labels),

@@ -156,6 +156,7 @@ class ModelFolder:
 
     part: ClassVar[str]
     kind: ClassVar[str | None] = None
+    float32_only: ClassVar[bool] = False  # a model whose results hang on float32 loads in no other type
     config_class: ClassVar[type]
     config: Any
 
@@ -167,8 +168,13 @@ class ModelFolder:
 
         Weights of any floating type on disk, and packed 8-bit ones, become `dtype`.
         Raises ModelFolderError when files are missing or damaged, or when the tensors are not exactly those of the
-        architecture in config.json.
+        architecture in config.json; and for a dtype that the model does not compute in.
         """
+        if cls.float32_only and dtype != torch.float32:
+            raise ModelFolderError(
+                f"a {cls.part} loads in float32 only, since rounding would change its codes, not in {dtype}: "
+                "run it under torch.autocast, or sample with --decoder bf16"
+            )
         folder = locate(path_or_hub_id)
         folder = cls.part_of(folder)
         config = cls.read_config(folder)

@@ -114,6 +114,22 @@ def test_likelihoods_and_loss_match(case, prefix, monkeypatch):
     assert nll.mean().item() == pytest.approx(float(case.golden[f"{prefix}_loss"]), abs=1e-5)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_loss_that_training_takes_is_the_published_one(case, training):
+    gpt, before = case.gpt, case.gpt.training
+    dropouts = {module: module.p for module in gpt.modules() if isinstance(module, torch.nn.Dropout)}
+    try:
+        for module in dropouts:
+            module.p = 0.0  # as in the goldens
+        with torch.no_grad():
+            loss = gpt.train(training).loss(case.labels, case.codes).item()
+    finally:
+        gpt.train(before)
+        for module, p in dropouts.items():
+            module.p = p
+    assert loss == pytest.approx(float(case.golden["tf_loss" if training else "eval_loss"]), abs=1e-5)
+
+
 def test_trunk_states_match():
     case = load("unitok")
     with torch.inference_mode():

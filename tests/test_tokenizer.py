@@ -125,6 +125,13 @@ def test_a_saved_tokenizer_comes_back(tiny, images, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["half", "tokenizer"]
 
 
+def test_a_tokenizer_is_not_loaded_in_a_type_that_would_change_its_codes(tiny, tmp_path):
+    folder = tiny.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match="float32 only") as error:
+        UniTok.from_pretrained(folder, dtype=torch.bfloat16)
+    assert "\n" not in str(error.value)
+
+
 def test_weights_of_another_architecture_are_named(tiny, tmp_path):
     folder = tiny.save_pretrained(tmp_path / "tokenizer")
     text = (folder / "config.json").read_text()

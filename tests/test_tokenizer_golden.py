@@ -17,7 +17,7 @@ TOLERANCE = {"rtol": 0, "atol": 3e-5}  # tests/golden/README.md; the reference i
 NEAR_TIE = 2e-5
 
 
-@pytest.fixture(scope="module", params=["vitamin_base", pytest.param("vitamin_large", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["vitamin_base", "vitamin_large"])
 def published(request):
     """(tokenizer with the seeded weights, its goldens)."""
     layout = json.loads((GOLDEN / f"unitok_{request.param}_keys.json").read_text())

@@ -60,12 +60,10 @@ def read_tokenizer_config(folder: Path) -> Any:
     return tokenizer_class(folder).read_config(tokenizer_folder(folder))
 
 
-def load_tokenizer(
-    path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> Any:
+def load_tokenizer(path_or_hub_id: str | Path, *, device: str | torch.device = "cpu") -> Any:
     """Load whichever tokenizer a bundle, a folder of its own or a hub repository holds, in eval mode: a `Tokenizer`.
 
     Raises ModelFolderError as `ModelFolder.from_pretrained` does.
     """
     folder = locate(path_or_hub_id)
-    return tokenizer_class(folder).from_pretrained(folder, device=device, dtype=dtype)
+    return tokenizer_class(folder).from_pretrained(folder, device=device)

@@ -43,6 +43,7 @@ class UniTok(ModelFolder, nn.Module):
 
     part = "tokenizer"
     kind = "unitok"
+    float32_only = True
     config_class = UniTokConfig
 
     def __init__(self, config: UniTokConfig):

@@ -84,6 +84,7 @@ class VQGAN(ModelFolder, nn.Module):
 
     part = "tokenizer"
     kind = "vqgan"
+    float32_only = True
     config_class = VQGANConfig
 
     def __init__(self, config: VQGANConfig):
