@@ -16,7 +16,7 @@ from llamagen_unitok.runtime.distributed import processes
 from llamagen_unitok.runtime.flags import Parser, add_flags, add_run_flags, given_flags, run_cli, settings_from
 from llamagen_unitok.training.data import read_meta
 from llamagen_unitok.training.dry_run import IMAGENET, DryRun, dry_run
-from llamagen_unitok.training.export import export, load_trained
+from llamagen_unitok.training.export import WEIGHTS, export, load_trained
 from llamagen_unitok.training.generator import GeneratorTraining, train_generator
 from llamagen_unitok.training.loop import LoopConfig
 from llamagen_unitok.training.preflight import preflight
@@ -33,7 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--export", type=Path, metavar="DIR", help="write the generator of the run at OUT there, and end"
     )
-    parser.add_argument("--export-weights", default="ema", metavar="ema|raw", help="averaged (default) or raw weights")
+    parser.add_argument(
+        "--export-weights",
+        choices=[*WEIGHTS],
+        metavar="|".join(WEIGHTS),
+        help="averaged or raw weights (default auto: averaged if there are any)",
+    )
     parser.add_argument("--class-names", metavar="FILE", help="what labels must mean: a labels.json, or imagenet")
     parser.add_argument("--check", action="store_true", help="check codes, classes, --preview and disk, and stop")
     parser.add_argument("--dry-run", action="store_true", help="say what the run would cost, and stop")
@@ -46,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         resolved.take(Plan)
         if flags.out is None and not flags.dry_run:
             raise ValueError("--out is missing: give the folder where the run will live")
+        if flags.export_weights and not flags.export:
+            raise ValueError(f"--export-weights {flags.export_weights} is for --export: give the folder to write to")
         if flags.export:
             print(export_run(flags))
             return
@@ -103,14 +110,15 @@ def run(flags: argparse.Namespace, resolved: Resolved, training: GeneratorTraini
 
 def export_run(flags: argparse.Namespace) -> Path:
     """A generator folder; with --preview TOKENIZER a whole bundle, whose classes are named as those of the codes."""
+    weights = flags.export_weights or "auto"
     if not flags.preview:
-        return export(flags.out, flags.export, flags.export_weights)
+        return export(flags.out, flags.export, weights)
     from llamagen_unitok.labels import ClassNames
     from llamagen_unitok.pipeline import ImageGenerator, load_tokenizer
 
     if flags.codes is None:
         raise ValueError("--export with --preview names the classes as the codes do: give --codes as well")
-    gpt = load_trained(flags.out, flags.export_weights)
+    gpt = load_trained(flags.out, weights)
     names = ClassNames(read_meta(flags.codes).class_names)
     return ImageGenerator(gpt, load_tokenizer(flags.preview), names).save_pretrained(flags.export)
 

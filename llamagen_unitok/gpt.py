@@ -107,6 +107,7 @@ class GPT(ModelFolder, nn.Module):
         head_share: float = 1.0,
         class_dropout: float = 0.0,
         generator: torch.Generator | None = None,
+        draws: Tensor | None = None,
     ) -> Tensor | LossTerms:
         """Teacher-forced logits (B, L, K, V), or the mean loss with `return_loss`, or what it is the mean of with
         `return_terms`, (B, L, K) each; the same in train() and eval() but for dropout and `head_share`.
@@ -115,8 +116,9 @@ class GPT(ModelFolder, nn.Module):
         class_dropout: share of labels that become the null class, in train() only; drawn from `generator` (on the
             labels' device) or from the device's global one.
         head_share: in train() and where no logits are returned, the head sees this share of the positions only, at
-            least one, drawn anew for each picture without replacement; terms are then (B, n, K). Every position is as
-            likely as any other, so the mean loss and its gradient keep their expectation. CSM (Sesame, 2025) trains its
+            least one, without replacement; terms are then (B, n, K). Which ones follows from `draws`, (B,) float32
+            uniform in [0, 1), one for each picture; default drawn from `generator`. Every position is as likely as any
+            other, so the mean loss and its gradient keep their expectation. CSM (Sesame, 2025) trains its
             depth decoder so, on a sixteenth of the frames, but keeps the first codebook everywhere; here all K codes of
             a position go together.
         The loss goes through here, not through a method beside it, because DDP and FSDP average gradients only for
@@ -139,7 +141,10 @@ class GPT(ModelFolder, nn.Module):
         if not (return_loss or return_terms):
             return self.output(hidden, codes)
         if self.training and head_share < 1:
-            hidden, codes = _random_positions(hidden, codes, head_share, generator)
+            if draws is None:
+                draws = torch.rand(labels.shape, generator=generator, device=labels.device)
+            chosen = random_positions(draws, hidden.shape[1], head_share).unsqueeze(-1)
+            hidden, codes = (tensor.gather(1, chosen.expand(-1, -1, tensor.shape[-1])) for tensor in (hidden, codes))
         terms = loss_terms(self.output(hidden, codes), codes)
         return terms if return_terms else terms.nll.mean()
 
@@ -202,12 +207,20 @@ class GPT(ModelFolder, nn.Module):
         return model.eval()
 
 
-def _random_positions(
-    hidden: Tensor, codes: Tensor, share: float, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """hidden (B, L, C), codes (B, L, K) → (B, n, C), (B, n, K) at the same n positions, other ones for each picture."""
-    batch, length, _ = codes.shape
+def random_positions(draws: Tensor, length: int, share: float) -> Tensor:
+    """draws (B,) float32 uniform in [0, 1) → (B, n) int64, n different ones of `length` positions for each picture.
+
+    A picture's positions are a function of its draw alone, whatever the batch, the process and the device.
+    """
     count = max(1, round(share * length))
-    order = torch.rand(batch, length, generator=generator, device=codes.device)
-    chosen = order.topk(count, dim=1).indices.unsqueeze(-1)  # (B, n, 1)
-    return tuple(tensor.gather(1, chosen.expand(-1, -1, tensor.shape[-1])) for tensor in (hidden, codes))
+    seeds = (draws.double() * 2**24).long().unsqueeze(1)  # a float32 draw has 24 bits
+    keys = _mixed(_mixed(seeds) + torch.arange(length, device=draws.device))
+    return keys.topk(count, dim=1).indices
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """A bijection of int64 whose bits look independent of the argument's: the finalizer of SplitMix64, without its last
+    shift (Steele, Lea and Flood, OOPSLA 2014)."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return x

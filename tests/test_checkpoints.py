@@ -117,12 +117,12 @@ def test_a_run_outlives_a_full_disk_and_is_continued(codes, tmp_path, small_disk
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
-@pytest.mark.parametrize("weights", ["ema", "raw"])
-def test_export_gives_the_weights_that_training_has(codes, tmp_path, weights):
+@pytest.mark.parametrize(("weights", "named"), [("ema", True), ("raw", True), ("ema", False), ("raw", False)])
+def test_export_gives_the_weights_that_training_has(codes, tmp_path, weights, named):
     out = tmp_path / "run"
     changes = {"ema": 0.9} if weights == "ema" else {}
     assert train_gpt.main(arguments(codes, out, **changes)) == 0
-    words = ["--export", str(tmp_path / "exported"), "--export-weights", weights]
+    words = ["--export", str(tmp_path / "exported"), *(["--export-weights", weights] if named else [])]
     assert train_gpt.main([*arguments(codes, out, **changes), *words]) == 0
     passed_on = load_file(out / "generator" / "model.safetensors")
     exported = GPT.from_pretrained(tmp_path / "exported")
@@ -143,7 +143,7 @@ def test_export_with_a_tokenizer_is_a_bundle_that_makes_pictures(bundle, tmp_pat
     codes = write_codes(tmp_path / "codes", grid=3, codebooks=3, codebook_size=TINY["codebook_size"])
     out = tmp_path / "run"
     assert train_gpt.main(arguments(codes, out)) == 0
-    words = ["--export", tmp_path / "bundle", "--export-weights", "raw", "--preview", bundle]
+    words = ["--export", tmp_path / "bundle", "--preview", bundle]
     assert train_gpt.main([*arguments(codes, out), *map(str, words)]) == 0
     generator = ImageGenerator.from_pretrained(tmp_path / "bundle")
     (picture,) = generator(["class 1"], seed=0)
@@ -155,6 +155,17 @@ def test_export_of_nothing_is_one_clear_line(codes, tmp_path, capsys):
     assert train_gpt.main([*arguments(codes, tmp_path / "nothing"), *words]) == 2
     error = capsys.readouterr().err
     assert "no complete checkpoint" in error and error.count("\n") == 1 and not (tmp_path / "exported").exists()
+
+
+def test_weights_that_cannot_be_exported_are_refused_with_the_choices(codes, tmp_path, capsys):
+    flags = arguments(codes, tmp_path / "run")
+    with pytest.raises(SystemExit) as ended:
+        train_gpt.main([*flags, "--export", str(tmp_path / "exported"), "--export-weights", "mean"])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert all(part in error for part in ("--export-weights", "'auto', 'ema', 'raw'"))
+    assert train_gpt.main([*flags, "--export-weights", "raw"]) == 2
+    assert "--export-weights raw is for --export" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def named_source(folder: Path, names: list[str] | None, **changes) -> Path:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -34,6 +35,7 @@ _NAME = re.compile(r"step-\d{8}")
 # One process without a group is no surprise. The writer warns in a thread, so a filter around the call would not do.
 warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
 _FAILURES = (OSError, RuntimeError, CheckpointException)  # what a full or broken disk can end in
+_UNREADABLE = (*_FAILURES, KeyError, ValueError, EOFError, pickle.UnpicklingError)
 
 
 def checkpoint_path(out: Path, step: int) -> Path:
@@ -110,12 +112,17 @@ class Checkpoints:
             return
         final = checkpoint_path(self.out, step)
         unfinished = _unfinished(final)
-        (unfinished / META_NAME).write_text(json.dumps({**self.meta, "step": step}, indent=2) + "\n")
+        with open(unfinished / META_NAME, "w", encoding="utf-8") as file:
+            file.write(json.dumps({**self.meta, "step": step}, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(unfinished)
         if final.exists():
             replaced = unfinished.with_suffix(".old")
             final.rename(replaced)
             shutil.rmtree(replaced, ignore_errors=True)
         unfinished.rename(final)
+        _sync_folder(final.parent)
         _point_latest_at(final)
         for old in complete_checkpoints(self.out)[: -self.keep]:
             if not self.keep_every or _step_of(old) % self.keep_every:
@@ -135,11 +142,11 @@ class Checkpoints:
 
 
 def complete_checkpoints(out: Path) -> list[Path]:
-    """All complete checkpoints of a run, oldest first."""
+    """All complete checkpoints of a run, oldest first. One whose meta.json a crash left torn does not count."""
     folder = out / "checkpoints"
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / META_NAME).exists())
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and _is_complete(path))
 
 
 def find_checkpoint(out: Path, resume: str) -> Path | None:
@@ -149,30 +156,42 @@ def find_checkpoint(out: Path, resume: str) -> Path | None:
     if resume == "auto":
         return next(reversed(complete_checkpoints(out)), None)
     path = Path(resume).resolve()
-    if not (path / META_NAME).exists():
-        raise ValueError(f"--resume {resume} is no complete checkpoint (no {META_NAME}): give a step-… folder, or auto")
+    if not _is_complete(path):
+        raise ValueError(
+            f"--resume {resume} is no complete checkpoint (no sound {META_NAME}): give a step-… folder, or auto"
+        )
     return path
 
 
 def read_meta(path: Path) -> dict[str, Any]:
     """What `Checkpoints` was given as `meta`, and the step."""
-    return json.loads((path / META_NAME).read_text())
+    return json.loads((path / META_NAME).read_text(encoding="utf-8"))
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        return "step" in read_meta(path)
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def load_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Fill `state` (of the same names and shapes as was saved, sharded in any way) in place, on all processes.
 
-    ValueError if the checkpoint does not fit it.
+    ValueError, which names the checkpoint before it, if this one is damaged or does not fit `state`.
     """
     try:
         dcp.load(state, checkpoint_id=path)
-    except (RuntimeError, KeyError, ValueError, OSError, EOFError, CheckpointException) as error:
-        raise ValueError(f"checkpoint {path} cannot be loaded into this run: {_reason(error)}") from error
+    except _UNREADABLE as error:
+        raise ValueError(_damaged(path, error)) from error
 
 
 def read_tensors(path: Path, part: str) -> dict[str, Tensor]:
     """One part of a checkpoint ("model" or "ema") as whole tensors on the CPU; empty when it has no such part."""
-    found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    try:
+        found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    except _UNREADABLE as error:
+        raise ValueError(_damaged(path, error)) from error
     prefix = f"{part}."
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -182,6 +201,12 @@ def read_tensors(path: Path, part: str) -> dict[str, Tensor]:
     if state:
         load_checkpoint(path, state)
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+def _damaged(path: Path, error: BaseException) -> str:
+    older = [other.name for other in complete_checkpoints(path.parent.parent) if other.name < path.name]
+    remedy = f"move it away to go on from {older[-1]}" if older else "there is none before it"
+    return f"checkpoint {path} cannot be loaded: {_reason(error)}; if it is damaged, {remedy}"
 
 
 def _unfinished(final: Path) -> Path:
@@ -221,3 +246,12 @@ def _point_latest_at(final: Path) -> None:
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(final.name)
     os.replace(fresh, link)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make sure that the names in a folder outlive a crash of the machine."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import numpy as np
@@ -18,6 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llamagen_unitok.runtime.errors import ToldByMain
+
+# One process may have hours of work that the others wait for: checksums, previews, its last shard.
+PATIENCE = timedelta(hours=12)
 Outcome = TypeVar("Outcome")
 
 
@@ -89,8 +94,25 @@ class World:
                 outcome[1] = str(error)
         dist.broadcast_object_list(outcome, src=0, device=self.device)
         if outcome[1] is not None:
-            raise ValueError(outcome[1])
+            raise (ValueError if self.is_main else ToldByMain)(outcome[1])
         return outcome[0]
+
+    def together(self, compute: Callable[[], Outcome]) -> Outcome:
+        """What `compute` returns here; it runs on every process. Where it raises ValueError on some, all raise that of
+        the first of them, so that none waits for one that has gone."""
+        if self.size == 1:
+            return compute()
+        result, error = None, None
+        try:
+            result = compute()
+        except ValueError as failed:
+            error = str(failed)
+        errors: list[str | None] = [None] * self.size
+        dist.all_gather_object(errors, error)
+        first = next((text for text in errors if text is not None), None)
+        if first is not None:
+            raise (ValueError if self.is_main else ToldByMain)(first)
+        return result
 
     def any(self, flag: bool) -> bool:
         """True on every process as soon as it is true on one."""
@@ -108,6 +130,8 @@ class World:
             module,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
+            # Constant tables, and counters that the trainer shares at each checkpoint.
+            broadcast_buffers=False,
         )
 
     def share(self, global_batch: int) -> int:
@@ -145,6 +169,11 @@ def pick_device(name: str = "auto") -> torch.device:
             raise ValueError("--device cuda, but this machine has no CUDA device: use --device cpu")
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= (count := torch.cuda.device_count()):
+            raise ValueError(
+                f"this process needs {device}, but this machine has {count} CUDA devices: start at most as many "
+                "processes on it (torchrun --nproc-per-node)"
+            )
         torch.cuda.set_device(device)
     return device
 
@@ -157,7 +186,7 @@ def processes(device: str = "auto") -> Iterator[World]:
     if size == 1:
         yield World(rank=0, size=1, device=chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield World(rank=dist.get_rank(), size=size, device=chosen)
     finally:

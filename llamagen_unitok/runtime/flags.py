@@ -9,17 +9,21 @@ import argparse
 import dataclasses
 import os
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from llamagen_unitok.runtime.errors import ToldByMain
+
 Settings = TypeVar("Settings")
 
 WRONG_INPUT = 2
 INTERRUPTED = 130
 PIPE_CLOSED = 141  # what a shell reports for a process that nobody reads from any more
+TELLING_SEC = 1.0
 
 _METAVARS = {int: "N", float: "X", Path: "DIR"}
 
@@ -124,6 +128,10 @@ def run_cli(body: Callable[[], None]) -> int:
         # As in `… --list-classes | head`: not an error. What is left in the buffer must not be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
+    except ToldByMain:
+        # torchrun ends all processes as soon as one has ended, and the main one must get to its line.
+        time.sleep(TELLING_SEC)
+        return WRONG_INPUT
     except (ValueError, OSError, FloatingPointError) as error:
         print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
         return WRONG_INPUT

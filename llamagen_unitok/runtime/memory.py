@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -36,3 +38,12 @@ def peak_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def explained_memory(doing: str) -> Iterator[None]:
+    """ValueError, in one line that goes on with `doing`, where a device has too little memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise ValueError(f"out of memory {doing}") from None

@@ -17,15 +17,18 @@ from torch import Tensor, nn
 from llamagen_unitok.config import GPTConfig
 from llamagen_unitok.cross_entropy import LossTerms
 from llamagen_unitok.gpt import GPT
+from llamagen_unitok.runtime.checkpoint import find_checkpoint
 from llamagen_unitok.runtime.distributed import World
 from llamagen_unitok.runtime.files import replacing
 from llamagen_unitok.training.data import CodeMeta, CodeShards, TrainingCodes
 from llamagen_unitok.training.finetune import start_from
 from llamagen_unitok.training.flops import flops_per_image, peak_flops
 from llamagen_unitok.training.loop import LoopConfig, Watcher, train
+from llamagen_unitok.training.resuming import CHANGES
 from llamagen_unitok.training.validation import Part, Validation, split
 
 CONFIG_NAME = "config.json"
+DEPTH_LAYERS = 4  # of a head over several codebooks, as published
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class GeneratorTraining:
     layers: int | None = field(default=None, metadata={"help": "trunk layers, if not the size's"})
     heads: int | None = field(default=None, metadata={"help": "attention heads, if not the size's"})
     width: int | None = field(default=None, metadata={"help": "channels, if not the size's"})
-    depth_layers: int = field(default=4, metadata={"help": "layers of the depth head; 0 with one codebook"})
+    depth_layers: int | None = field(
+        default=None, metadata={"help": "layers of the depth head (default 4; 0 with one codebook, which has none)"}
+    )
     ffn_multiple: int = field(default=256, metadata={"help": "feed-forward width is rounded up to a multiple of this"})
     dropout: float = field(default=0.1, metadata={"help": "on embeddings, residual branches and feed-forward, 0 to 1"})
     class_dropout: float = field(
@@ -87,6 +92,9 @@ class GeneratorTraining:
     def architecture_for(self, meta: CodeMeta) -> GPTConfig:
         """The generator for codes that are described so."""
         changes = {name: value for name in ("layers", "heads", "width") if (value := getattr(self, name)) is not None}
+        depth_layers = self.depth_layers
+        if depth_layers is None:
+            depth_layers = DEPTH_LAYERS if meta.num_codebooks > 1 else 0
         return GPTConfig.preset(
             self.model,
             **changes,
@@ -95,7 +103,7 @@ class GeneratorTraining:
             num_positions=meta.num_positions,
             num_codebooks=meta.num_codebooks,
             codebook_size=meta.codebook_size,
-            depth_layers=self.depth_layers,
+            depth_layers=depth_layers,
             ffn_multiple=self.ffn_multiple,
             qk_norm=self.qk_norm,
             token_dropout=self.dropout,
@@ -123,7 +131,7 @@ def generator_loss(
 
     per_codebook = mean(terms.nll)
     loss = per_codebook.mean()
-    logged = {"loss": loss, **{f"loss_codebook_{k}": value for k, value in enumerate(per_codebook.unbind())}}
+    logged = {"loss": loss, **{f"loss_codebook_{k}": per_codebook[k].clone() for k in range(len(per_codebook))}}
     if not z_loss:
         return loss, logged
     log_z_squared = mean(terms.log_z.square()).mean()
@@ -134,7 +142,8 @@ class GeneratorObjective(nn.Module):
     """forward(labels (B,), codes (B, L, K), draws (B,)) → (loss, terms to log: the cross-entropy, in all and of each
     codebook).
 
-    A label is dropped where its draw, in [0, 1), is below `class_dropout`; in train() only.
+    In train() only, a label is dropped where its draw, in [0, 1), is below `class_dropout`, and the positions of
+    `head_share` follow from the draws too.
     """
 
     def __init__(self, gpt: GPT, class_dropout: float, *, head_share: float = 1.0, z_loss: float = 0.0):
@@ -147,7 +156,7 @@ class GeneratorObjective(nn.Module):
         """weights (B,): how much each picture counts in the means; default all the same."""
         if self.training and self.class_dropout and draws is not None:
             labels = labels.masked_fill(draws < self.class_dropout, self.gpt.config.num_classes)
-        terms = self.gpt(labels, codes, return_terms=True, head_share=self.head_share)
+        terms = self.gpt(labels, codes, return_terms=True, head_share=self.head_share, draws=draws)
         return generator_loss(terms, self.z_loss, weights)
 
     def blocks(self) -> list[nn.Module]:
@@ -171,21 +180,22 @@ def train_generator(
 ) -> Path:
     """Train a generator and leave it as a model folder; returns ``OUT/generator``, rewritten at every checkpoint.
 
-    ``OUT/config.json`` holds the architecture, all settings and `record`, which says where they came from.
+    ``OUT/config.json`` holds the architecture, all settings, the changes of settings on the way, and `record`, which
+    says where they came from. With a checkpoint to go on from, --init is not read.
 
     announce(): called on the main process before the first step, when all settings are known to be sound.
     preview(gpt, png): called with the weights to pass on, after each checkpoint or every `preview_every` steps, to draw
-    pictures of them. The trainer knows no tokenizer; whoever calls it does.
+    pictures of them. The trainer knows no tokenizer; whoever calls it does. What fails in it is told in one line.
     """
     if settings.codes is None:
         raise ValueError("--codes is missing: give a folder of code shards")
     shards = CodeShards(settings.codes)
     if settings.verify:
-        shards.verify()
+        world.share_outcome(shards.verify)
     config = settings.architecture(shards)
     torch.manual_seed(loop.seed)
     gpt = GPT(config)
-    if settings.init:
+    if settings.init and world.share_outcome(lambda: find_checkpoint(out, resume)) is None:
         kept = start_from(gpt, settings.init, shards.meta.class_names)
         if world.is_main:
             print(f"--init {settings.init}: {kept} of {config.num_classes} classes are known there", file=sys.stderr)
@@ -197,10 +207,14 @@ def train_generator(
     flops = flops_per_image(config, settings.head_share).total
     peak = peak_flops(world.device, settings.peak_tflops)
 
-    def save_config() -> None:
+    def save_config(changes: list[dict[str, Any]]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         parts = {"model": config, "training": settings, "loop": loop}
-        resolved = {**(record or {}), **{name: dataclasses.asdict(part) for name, part in parts.items()}}
+        resolved = {
+            **(record or {}),
+            **{name: dataclasses.asdict(part) for name, part in parts.items()},
+            CHANGES: changes,
+        }
         with replacing(out / CONFIG_NAME) as file:
             file.write((json.dumps(resolved, indent=2, default=str) + "\n").encode())
         if announce:
@@ -216,7 +230,11 @@ def train_generator(
         return passed.load_exactly({name.removeprefix("gpt."): tensor for name, tensor in state.items()}, out)
 
     def draw(passed: GPT, step: int) -> None:
-        preview(passed.to(world.device).eval(), out / "previews" / f"step-{step:08d}.png")
+        try:
+            preview(passed.to(world.device).eval(), out / "previews" / f"step-{step:08d}.png")
+        except (RuntimeError, ValueError, OSError) as error:
+            reason = " ".join(str(error).split())
+            print(f"no preview of step {step}: {reason or type(error).__name__}", file=sys.stderr, flush=True)
 
     def pass_on(state: dict[str, Tensor], step: int) -> None:
         passed = generator_of(state)
@@ -229,6 +247,7 @@ def train_generator(
             state = weights()
             if preview:
                 draw(generator_of(state), step)
+            world.barrier()  # it waits for hours if need be, as the groups of sharded layers do not
         return {}
 
     watchers: list[Watcher] = []

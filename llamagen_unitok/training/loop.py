@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +29,6 @@ from torch.utils.data import Dataset
 from llamagen_unitok.runtime.agreement import Agreement
 from llamagen_unitok.runtime.checkpoint import (
     Checkpoints,
-    complete_checkpoints,
     find_checkpoint,
     load_checkpoint,
     read_meta,
@@ -39,7 +36,7 @@ from llamagen_unitok.runtime.checkpoint import (
 from llamagen_unitok.runtime.distributed import PRECISIONS, World, set_float32_products
 from llamagen_unitok.runtime.files import clear_unfinished
 from llamagen_unitok.runtime.log import TrainingLog
-from llamagen_unitok.runtime.memory import keep_freed_memory, peak_bytes
+from llamagen_unitok.runtime.memory import explained_memory, keep_freed_memory, peak_bytes
 from llamagen_unitok.runtime.optim import EMA, clip_gradients, decay_groups, lr_factor
 from llamagen_unitok.runtime.parallel import (
     COMPILE,
@@ -49,7 +46,16 @@ from llamagen_unitok.runtime.parallel import (
     gather_state,
     wrap_blocks,
 )
+from llamagen_unitok.runtime.stop import stop_signals
 from llamagen_unitok.training.data import step_batches
+from llamagen_unitok.training.resuming import (
+    CHANGES,
+    FREE,
+    changed_settings,
+    check_newest,
+    earlier_changes,
+    told_change,
+)
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,8 @@ class LoopConfig:
             if getattr(self, name) not in known:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if self.shard_size and self.parallel != "hsdp":
+            raise ValueError(f"--shard-size {self.shard_size} is for --parallel hsdp, not {self.parallel}")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"--lr must be above 0, not {self.lr}")
         if self.warmup_steps >= self.steps:
@@ -161,43 +169,54 @@ def train(
     world: World,
     meta: dict[str, Any],
     on_save: Callable[[dict[str, Tensor], int], None],
-    on_start: Callable[[], None] | None = None,
+    on_start: Callable[[list[dict[str, Any]]], None] | None = None,
     watchers: Sequence[Watcher] = (),
     figures: Callable[[float], dict[str, float]] | None = None,
 ) -> None:
     """Train `objective` until `config.steps`, from the checkpoint that `resume` means (see find_checkpoint).
 
     dataset: takes (index, draw) to a tuple of tensors; see step_batches for the order.
-    meta: JSON that identifies the run; a checkpoint made with another one is refused.
+    meta: JSON that identifies the run; a checkpoint made with another one is refused. Settings that may change on the
+    way (see training.resuming) are told on stderr and kept in the checkpoints.
     on_save(state, step): called on the main process with each checkpoint, with the whole weights to pass on (averaged
-    ones if there is an EMA).
-    on_start(): called once on the main process when the run is known to be sound, before its first step.
+    ones if there is an EMA); not with that of a run that was asked to stop, which may have seconds left.
+    on_start(changes): called once on the main process when the run is known to be sound, before its first step, with
+    all changes of settings on the way there.
     watchers: called in turn on every process after every step.
     figures(images per second): more numbers that follow from the rate, for the log.
     Raises FloatingPointError, on all processes, when a loss or the gradient norm is not finite: the weights are not
     spoiled by it. Raises OSError when the last checkpoint cannot be written; for an earlier one, a line on stderr says
-    so and training goes on. Raises KeyboardInterrupt on SIGINT or SIGTERM, after a checkpoint of the last full step.
+    so and training goes on. Raises ValueError when the device has too little memory. Raises KeyboardInterrupt on SIGINT
+    or SIGTERM, after a checkpoint of the last full step.
     """
-    meta = {**meta, "loop": {k: v for k, v in dataclasses.asdict(config).items() if k not in _MAY_CHANGE}}
+    meta = {**meta, "loop": {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}}
     if world.share(config.batch_size) % config.accumulate:
         raise ValueError(
             f"--accumulate {config.accumulate} does not divide the {world.share(config.batch_size)} pictures of a "
             f"process (--batch-size {config.batch_size} over {world.size} processes)"
         )
+    if world.size == 1 and config.parallel in ("fsdp", "hsdp"):
+        print(f"--parallel {config.parallel}: one process holds the whole model, nothing is sharded", file=sys.stderr)
     on_cuda = world.device.type == "cuda"
     if not on_cuda:
         keep_freed_memory()
     set_float32_products(config.precision)
     blocks = objective.blocks()
     wrap_blocks(blocks, config.checkpoint_activations, config.compile == "on" or (config.compile == "auto" and on_cuda))
-    model = ParallelModule(
-        objective.train(),
-        world,
-        parallel=config.parallel,
-        shard_size=config.shard_size,
-        bf16=config.precision == "bf16",
-        blocks=blocks,
+    memory_advice = (
+        f"training {world.share(config.batch_size) // config.accumulate} pictures at once on each device: raise "
+        "--accumulate, use --checkpoint-activations selective or full, or a smaller --batch-size; --parallel fsdp "
+        "shares the model out over the devices"
     )
+    with explained_memory(memory_advice):
+        model = ParallelModule(
+            objective.train(),
+            world,
+            parallel=config.parallel,
+            shard_size=config.shard_size,
+            bf16=config.precision == "bf16",
+            blocks=blocks,
+        )
     optimizer = torch.optim.AdamW(
         decay_groups(objective, config.weight_decay),
         lr=config.lr,
@@ -208,33 +227,44 @@ def train(
     parameters = [p for p in objective.parameters() if p.requires_grad]
 
     step = 0
+    changes: list[dict[str, Any]] = []
     found = world.share_outcome(lambda: find_checkpoint(out, resume))
     if found is not None:
-        _check_same_run(found, meta)
+        changes = world.share_outcome(lambda: changed_settings(found, meta))
+        for change in changes if world.is_main else ():
+            print(told_change(change), file=sys.stderr)
+        changes = [*earlier_changes(found), *changes]
         state = _run_state(objective, optimizer, ema)
         load_checkpoint(found, state)
         set_model_state_dict(objective, state["model"])
         set_optimizer_state_dict(objective, optimizer, state["optimizer"])
         step = int(read_meta(found)["step"])
-        world.share_outcome(lambda: _check_newest(out, found))
+        world.share_outcome(lambda: check_newest(out, found))
     elif resume == "none" and world.share_outcome(lambda: find_checkpoint(out, "auto")) is not None:
         raise ValueError(f"{out} already holds a run: continue it with --resume auto, or give another --out")
 
     checkpoints = Checkpoints(
-        out, meta, world, keep=config.keep, keep_every=config.keep_every, background=config.async_save
+        out,
+        {**meta, CHANGES: changes},
+        world,
+        keep=config.keep,
+        keep_every=config.keep_every,
+        background=config.async_save,
     )
     if world.is_main:
         clear_unfinished(out)
         if on_start:
-            on_start()
+            on_start(changes)
     log = TrainingLog(out, step, config.steps, config.batch_size, figures) if world.is_main else None
     agreement = Agreement(world)
-    first_step = saved_step = step
+    saved_step, passed_step = step, -1
 
     def weights() -> dict[str, Tensor]:
         return gather_state(ema.state if ema else get_model_state_dict(objective), world)
 
     def pass_on() -> None:
+        nonlocal passed_step
+        passed_step = step
         state = weights()
         failure = ""
         if world.is_main:
@@ -248,10 +278,11 @@ def train(
             print(failure, file=sys.stderr, flush=True)
 
     def save() -> None:
+        nonlocal saved_step
+        saved_step = step
         agreement.settle()
         _share_buffers(objective, ema, world)
         checkpoints.save(step, _run_state(objective, optimizer, ema))
-        pass_on()
 
     sums: dict[str, Tensor] = {}
     summed = 0
@@ -264,7 +295,7 @@ def train(
         workers=config.workers,
         world=world,
     )
-    with _stop_signals() as stop:
+    with stop_signals() as stop, explained_memory(memory_advice):
         try:
             while step < config.steps and not agreement.stop:
                 factor = lr_factor(
@@ -304,17 +335,18 @@ def train(
                         log.record(step, seen)
                 if step % config.save_every == 0 or step == config.steps:
                     save()
-                    saved_step = step
+                    if not agreement.stop:
+                        pass_on()
             agreement.settle()
-            if agreement.stop and step < config.steps and saved_step != step:
+            if saved_step != step:
                 save()
             checkpoints.settle()
             if checkpoints.failure:
                 raise OSError(checkpoints.failure)
-            if agreement.stop and step < config.steps:
+            if step < config.steps:
                 raise KeyboardInterrupt
-            if step == first_step:
-                # Killed after its last checkpoint: what is passed on may be missing or older.
+            if passed_step != step:
+                # A stop, or a kill before this start, came between the last checkpoint and its model.
                 pass_on()
         finally:
             source.close()
@@ -342,13 +374,6 @@ def forward_backward(
         for name, value in scalars.items():
             means[name] = means.get(name, 0) + value.detach() / accumulate
     return mean, means
-
-
-# Settings that a resumed run may change without becoming another run.
-_MAY_CHANGE = (
-    "workers", "log_every", "save_every", "keep", "keep_every", "async_save",
-    "accumulate", "parallel", "shard_size", "checkpoint_activations", "compile",
-)  # fmt: skip
 
 
 def sample_draws(seed: int, step: int, global_batch: int, world: World) -> Tensor:
@@ -384,68 +409,3 @@ def _run_state(objective: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA 
     if ema:
         state["ema"] = ema.state
     return state
-
-
-def _check_same_run(found: Path, meta: dict[str, Any]) -> None:
-    saved = _flat(read_meta(found))
-    differing = [
-        f"{name} {_short(saved.get(name))} there, {_short(value)} now"
-        for name, value in _flat(meta).items()
-        if saved.get(name) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"{found.parent.parent} holds a run with other settings ({'; '.join(differing[:3])}): "
-            "give the same ones, or another --out"
-        )
-
-
-def _check_newest(out: Path, found: Path) -> None:
-    """ValueError where the run in `out` has checkpoints after the one to go on from: they would be mixed up."""
-    newer = [path.name for path in complete_checkpoints(out) if path.name > found.name]
-    if newer:
-        raise ValueError(
-            f"{out / 'checkpoints'} holds checkpoints after {found.name} ({', '.join(newer)}): move them away to go on "
-            "from there, or give another --out"
-        )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:39] + "…"
-
-
-class _Stop:
-    requested = False
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """SIGINT and SIGTERM ask for a stop after the current step; a second one ends at once."""
-    stop = _Stop()
-    before = {}
-
-    def ask(number: int, _frame: Any) -> None:
-        stop.requested = True
-        signal.signal(number, before[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        try:
-            before[number] = signal.signal(number, ask)
-        except ValueError:  # not in the main thread (a test, a notebook): signals stay as they are
-            break
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

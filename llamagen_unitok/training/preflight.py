@@ -100,7 +100,8 @@ def _inspect(
     facts["classes"] = _classes_fact(shards)
     if names is not None:
         check_classes(names, meta.class_names, what="class of the codes")
-    if settings.init:
+    start = find_checkpoint(out, resume)
+    if settings.init and start is None:
         doubts += _check_init(Path(locate(settings.init)), meta)
     if thorough:
         shards.verify()
@@ -116,7 +117,6 @@ def _inspect(
                 f"the codes were made by another tokenizer than {tokenizer} (content hash {meta.tokenizer_hash[:12]}); "
                 f"right only if encoder and codebooks are the same: look at {out / PICTURE_NAME}"
             )
-    start = find_checkpoint(out, resume)
     step = 0 if start is None else int(read_meta(start)["step"])
     epochs = loop.steps * loop.batch_size / len(shards)
     facts["run"] = (

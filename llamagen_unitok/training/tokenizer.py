@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from llamagen_unitok.runtime.checkpoint import find_checkpoint
 from llamagen_unitok.runtime.distributed import World
 from llamagen_unitok.training.images import TrainingPictures
 from llamagen_unitok.training.loop import LoopConfig, train
@@ -104,7 +105,7 @@ def train_tokenizer(
     torch.manual_seed(loop.seed)
     tokenizer = UniTok(config)
     tokenizer.init_weights()
-    if settings.init:
+    if settings.init and world.share_outcome(lambda: find_checkpoint(out, resume)) is None:
         tokenizer.start_from(settings.init)
     pictures = TrainingPictures(
         settings.images, config.img_size, crop_scale=settings.crop_scale, flip=settings.flip, seed=loop.seed
