@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ def decode(
     was_training = gpt.training
     gpt.eval()
     try:
-        with torch.inference_mode(), kept_for(gpt) as kept:
+        with torch.inference_mode(), _on(labels.device), kept_for(gpt) as kept:
             steps = engine_of(gpt, run, kept)
             for p in tqdm(range(len(scales)), desc="generating", unit="position", disable=not progress, leave=False):
                 steps.position(p)  # the trunk's step, then for each codebook the depth head's step and the draw
@@ -104,6 +105,11 @@ def decode(
         gpt.train(was_training)
     # Outside inference mode, so that the caller can train on them.
     return codes.clone()
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    """The device as the current one, which graphs and streams belong to."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _check_finite(finite: Tensor) -> None:

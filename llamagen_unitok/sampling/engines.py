@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llamagen_unitok.gpt import GPT
-from llamagen_unitok.sampling.fixed import CompiledEngine, GraphEngine
+from llamagen_unitok.sampling.graphs import CompiledEngine, GraphEngine
 from llamagen_unitok.sampling.kept import Kept
 from llamagen_unitok.sampling.packed import PackedEngine
 from llamagen_unitok.sampling.steps import EagerEngine, Engine, Run
@@ -17,14 +17,19 @@ ENGINES: dict[str, Callable[[GPT, Run, Kept], Engine]] = {
     "compiled": CompiledEngine,
     "graph": GraphEngine,
 }
-# What "auto" takes on a device type; "eager" on others.
-BEST = {"cpu": "packed", "cuda": "graph"}
+# What "auto" takes on a device type: for a few pictures, and where there are so many that compiling pays; "eager" on
+# other devices.
+BEST = {"cpu": ("packed", "packed"), "cuda": ("graph", "compiled")}
+
+
+def engine_name(name: str, device_type: str, *, large_run: bool = False) -> str:
+    """The name, or what "auto" stands for."""
+    return BEST.get(device_type, ("eager", "eager"))[large_run] if name == "auto" else name
 
 
 def engine_class(name: str, device_type: str) -> Callable[[GPT, Run, Kept], Engine]:
-    """The engine of this name; "auto" is the best for the device type. ValueError lists the known ones."""
-    if name == "auto":
-        name = BEST.get(device_type, "eager")
+    """The engine of this name; "auto" is the best for a few pictures. ValueError lists the known ones."""
+    name = engine_name(name, device_type)
     if name not in ENGINES:
         raise ValueError(f"unknown engine {name!r}: choose one of auto, {', '.join(ENGINES)} (--engine)")
     return ENGINES[name]

@@ -33,8 +33,8 @@ class Kept:
 def kept_for(gpt: GPT) -> Iterator[Kept]:
     """The kept parts of `gpt`, for one run at a time: a second run beside it builds its own.
 
-    They are dropped when a weight changed since (was replaced, moved, cast, or written in place under autograd's
-    eyes; writing through `.data` is not seen), and when the run fails, so that memory is free again.
+    They are dropped when a weight or a buffer changed since (was replaced, moved, cast, or written in place under
+    autograd's eyes; writing through `.data` is not seen), and when the run fails, so that memory is free again.
     """
     marks = _marks(gpt)
     before, parts = _KEPT.pop(gpt, (None, None))
@@ -52,7 +52,7 @@ def release(gpt: GPT) -> None:
 
 def _marks(gpt: GPT) -> Hashable:
     """Something that changes with the weights; None where changes cannot be noticed."""
-    parameters = list(gpt.parameters())
-    if any(p.is_inference() for p in parameters):
+    tensors = [*gpt.parameters(), *gpt.buffers()]
+    if any(tensor.is_inference() for tensor in tensors):
         return None
-    return tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
+    return tuple((tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in tensors)

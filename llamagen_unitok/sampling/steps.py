@@ -57,8 +57,11 @@ class Engine(Protocol):
     codes: Tensor
     finite: Tensor
 
+    def seek(self, p: int) -> None:
+        """Make p the next position, whatever was the last: for timing some of them."""
+
     def position(self, p: int) -> None:
-        """Trunk step, K depth steps, guidance and draw of position p, which follows p - 1."""
+        """Trunk step, K depth steps, guidance and draw of position p, which follows p - 1 unless it was sought."""
 
 
 class SteppedEngine:
@@ -77,6 +80,9 @@ class SteppedEngine:
     def head(self, x: Tensor, k: int) -> Tensor:
         """Logits (rows, V) of codebook k; x (rows, C) is the hidden state for k = 0, else code k - 1 embedded."""
         raise NotImplementedError
+
+    def seek(self, p: int) -> None:
+        pass  # each call names its position
 
     def position(self, p: int) -> None:
         run, rows = self.run, self.run.rows_at(p)
