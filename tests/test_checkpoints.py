@@ -202,9 +202,9 @@ def test_fine_tuning_without_names_keeps_classes_of_the_same_number_only(tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_codebooks": 2}, r"trained on other codes: K = 3 instead of 2"),
-        ({"codebook_size": 12}, r"trained on other codes: V = 11 instead of 12"),
-        ({"num_positions": 16}, r"trained on other codes: L = 9 instead of 16"),
+        ({"num_codebooks": 2}, r"trained on other codes: codebooks K = 3 instead of 2"),
+        ({"codebook_size": 12}, r"trained on other codes: codebook size V = 11 instead of 12"),
+        ({"num_positions": 16}, r"trained on other codes: positions L = 9 instead of 16"),
         ({"width": 64}, r"does not fit GPT"),
         ({"layers": 3}, r"does not fit GPT"),
     ],

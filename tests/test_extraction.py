@@ -21,7 +21,7 @@ from llamagen_unitok.labels import ClassNames
 from llamagen_unitok.runtime.distributed import World
 from llamagen_unitok.training.data import CodeShards
 from llamagen_unitok.training.images import VIEWS, PictureViews, ten_crop
-from llamagen_unitok.training.sources import SourceOptions, expand_ranges, index_tar, open_source
+from llamagen_unitok.training.sources import SourceOptions, expand_ranges, fingerprint, index_tar, open_source
 from tests.conftest import tiny_tokenizer
 from tokenizer.images import adm_centre_crop, to_unit
 
@@ -310,19 +310,144 @@ def test_names_of_parquet_classes_need_not_sort(parquet, tokenizer_folder, tmp_p
     assert CodeShards(tmp_path / "out").meta.class_names == ["Wasp", "Bee"]
 
 
-@pytest.mark.parametrize("kind", ["folder", "tars", "parquet"])
-def test_an_unreadable_picture_is_named_in_one_line(kind, folder, tokenizer_folder, tmp_path, request, capsys):
-    source = Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "source"))
-    whole = sorted(folder.glob("*/*.png"))[1].read_bytes()
+def spoil(source: Path, pictures: list[bytes]) -> None:
+    """Overwrite the end of these pictures wherever they lie in the files of a source."""
     for path in (p for p in source.rglob("*") if p.is_file()):
         data = path.read_bytes()
-        if whole in data:
-            path.write_bytes(data.replace(whole, whole[:60] + bytes(len(whole) - 60)))
+        for whole in pictures:
+            data = data.replace(whole, whole[:60] + bytes(len(whole) - 60))
+        path.write_bytes(data)
+
+
+UNREADABLE = {
+    "folder": ["ant/1.png", "ant/2.png", "cat/2.png"],
+    "tars": ["train-000.tar:./ant.d/1.png", "train-000.tar:./ant.d/2.png", "train-001.tar:./cat.d/2.png"],
+    "parquet": ["row group 0, row 1", "row group 1, row 0", "row group 2, row 0"],
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_unreadable_pictures_are_all_named_in_one_line_and_other_shards_are_kept(
+    kind, folder, tokenizer_folder, tmp_path, request, capsys
+):
+    source = Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "source"))
+    wholes = sorted(folder.glob("*/*.png"))
+    spoil(source, [wholes[i].read_bytes() for i in (1, 2, 8)])
     assert extract(source, tokenizer_folder, tmp_path / "out") == 2
     error = capsys.readouterr().err.splitlines()
-    named = {"folder": "ant/1.png", "tars": "train-000.tar:./ant.d/1.png", "parquet": "row group 0, row 1"}[kind]
-    assert named in error[-1] and "cannot be read as a picture" in error[-1]
+    assert all(name in error[-1] for name in UNREADABLE[kind])
+    assert error[-1].count("cannot be read as a picture") == 3 and "--skip-unreadable" in error[-1]
     assert not any("Traceback" in line for line in error)
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["shard-00001-of-00003.safetensors"]
+    assert not (tmp_path / "out" / "meta.json").exists()
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_pictures_left_out_are_listed_and_all_others_keep_their_codes(
+    kind, folder, tokenizer_folder, tmp_path, request, capsys
+):
+    source = Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "source"))
+    assert extract(source, tokenizer_folder, tmp_path / "whole") == 0
+    wholes = sorted(folder.glob("*/*.png"))
+    spoil(source, [wholes[i].read_bytes() for i in (1, 7)])
+    out = tmp_path / "out"
+    assert extract(source, tokenizer_folder, out) == 2
+    kept = (out / "shard-00002-of-00003.safetensors").stat().st_mtime_ns
+    assert extract(source, tokenizer_folder, out, "--skip-unreadable", "--verify", 7) == 0
+    assert float(capsys.readouterr().out.rsplit("PSNR ", 1)[1].split()[0]) > 5  # each beside its own original
+    shards, whole = CodeShards(out), CodeShards(tmp_path / "whole")
+    shards.verify()
+    assert shards.meta.shard_sizes == [3, 3, 1]
+    assert [number for number, _ in shards.meta.unreadable] == [1, 7]
+    assert all(part in name for part, (_, name) in zip((UNREADABLE[kind][0], ""), shards.meta.unreadable, strict=True))
+    for row, number in enumerate([0, 2, 3, 4, 5, 6, 8]):
+        assert np.array_equal(shards[row, 0][1], whole[number, 0][1]) and shards[row, 0][0] == whole[number, 0][0]
+    assert (out / "shard-00002-of-00003.safetensors").stat().st_mtime_ns == kept
+
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    assert extract(source, tokenizer_folder, out, "--skip-unreadable") == 0
+    assert before == {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    assert CodeShards(out).meta == shards.meta
+    # without the flag the shards that lack pictures are not good enough
+    assert extract(source, tokenizer_folder, out) == 2
+
+
+def test_originals_are_found_beside_pictures_that_were_left_out(folder, tokenizer_folder, tmp_path):
+    source = Path(shutil.copytree(folder, tmp_path / "source"))
+    spoil(source, [(folder / "ant" / "0.png").read_bytes()])
+    assert extract(source, tokenizer_folder, tmp_path / "out", "--skip-unreadable", "--verify", 8) == 0
+    sheet = np.asarray(Image.open(tmp_path / "out" / "verify.png").convert("RGB")).astype(int)
+    windows = np.lib.stride_tricks.sliding_window_view(sheet, (48, 48, 3))[:, :, 0]
+    for path in sorted(folder.glob("*/*.png"))[1:]:
+        original = np.asarray(adm_centre_crop(Image.open(path), 48)).astype(int)
+        assert (np.abs(windows[:, :, ::8, ::8] - original[::8, ::8]).max(axis=(2, 3, 4)) <= 1).sum() == 1
+
+
+def test_a_shard_of_unreadable_pictures_only_is_refused(folder, tokenizer_folder, tmp_path, capsys):
+    source = Path(shutil.copytree(folder, tmp_path / "source"))
+    spoil(source, [path.read_bytes() for path in sorted(folder.glob("*/*.png"))[8:]])
+    assert extract(source, tokenizer_folder, tmp_path / "out", "--skip-unreadable") == 2
+    assert "a shard must hold one readable picture at least" in capsys.readouterr().err.splitlines()[-1]
+
+
+def by_two_processes(source, tokenizer, out, *flags) -> subprocess.CompletedProcess:
+    arguments = ["--images", source, "--tokenizer", tokenizer, "--out", out, "--shard-size", 4, "--batch-size", 3]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, ROOT / "extract_codes.py", *arguments, "--device", "cpu", *flags]
+    return subprocess.run([str(a) for a in command], env=environment, timeout=240, capture_output=True, text=True)
+
+
+def test_one_bad_file_ends_two_processes_in_one_line(tars, folder, tokenizer_folder, tmp_path):
+    source = Path(shutil.copytree(tars, tmp_path / "source"))
+    cut = source / "train-001.tar"
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:700])
+    result = by_two_processes(source, tokenizer_folder, tmp_path / "out")
+    assert result.returncode != 0 and result.stderr.count("train-001.tar is") == 1
+    assert "extract_codes.py" not in "".join(line for line in result.stderr.splitlines() if line.startswith("  File"))
+
+
+def test_two_processes_leave_the_pictures_out_that_one_does(tars, folder, tokenizer_folder, tmp_path):
+    source = Path(shutil.copytree(tars, tmp_path / "source"))
+    spoil(source, [path.read_bytes() for path in sorted(folder.glob("*/*.png"))[1:6:4]])
+    result = by_two_processes(source, tokenizer_folder, tmp_path / "two")
+    assert result.returncode != 0
+    (line,) = [line for line in result.stderr.splitlines() if "--skip-unreadable" in line]
+    assert "ant.d/1.png" in line and "bee.d/2.png" in line  # of shards of both processes
+    assert by_two_processes(source, tokenizer_folder, tmp_path / "two", "--skip-unreadable").returncode == 0
+    assert extract(source, tokenizer_folder, tmp_path / "one", "--skip-unreadable") == 0
+    one, two = (sorted(p for p in (tmp_path / name).glob("*") if p.is_file()) for name in ("one", "two"))
+    assert [path.name for path in one] == [path.name for path in two]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["folder", "tars", "parquet"])
+def test_a_source_whose_pictures_changed_is_another_job(kind, folder, tokenizer_folder, tmp_path, request, capsys):
+    source = Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "source"))
+    first = fingerprint(open_source(source, SourceOptions(), ALONE))
+    assert first == fingerprint(open_source(request.getfixturevalue(kind), SourceOptions(), ALONE))
+    if kind == "folder":
+        assert extract(source, tokenizer_folder, tmp_path / "out") == 0
+        Image.new("RGB", (80, 70)).save(source / "ant" / "1.png")
+        assert extract(source, tokenizer_folder, tmp_path / "out") == 2
+        assert "holds codes of another job (other pictures in their order" in capsys.readouterr().err
+    else:
+        data = open_source(source, SourceOptions(), ALONE)
+        assert data.sizes.shape == (9,) and data.sizes.min() > 0
+        data.sizes = data.sizes + 1
+        assert fingerprint(data) != first
+
+
+@pytest.mark.parametrize("left", ["", "{", "[1]"])
+def test_a_damaged_note_of_the_job_is_named_in_one_line(folder, tokenizer_folder, tmp_path, capsys, left):
+    out = tmp_path / "out"
+    assert extract(folder, tokenizer_folder, out) == 0
+    (out / "job.json").write_text(left)
+    capsys.readouterr()
+    assert extract(folder, tokenizer_folder, out) == 2
+    error = capsys.readouterr().err
+    assert str(out / "job.json") in error and "give an empty folder" in error and error.count("\n") == 1
 
 
 def test_class_names_come_from_the_flag_and_their_order_is_held(tars, folder, tokenizer_folder, tmp_path, capsys):

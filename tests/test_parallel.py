@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from llamagen_unitok import GPT
 from llamagen_unitok.runtime.agreement import Agreement
 from llamagen_unitok.runtime.checkpoint import Checkpoints, complete_checkpoints, read_tensors
-from llamagen_unitok.runtime.distributed import World
+from llamagen_unitok.runtime.distributed import World, pick_device, processes
 from llamagen_unitok.runtime.parallel import ParallelModule, pick_parallel, wrap_blocks
 from llamagen_unitok.training.data import CodeShards, TrainingCodes
 from llamagen_unitok.training.generator import GeneratorObjective, GeneratorTraining, train_generator
@@ -147,6 +147,7 @@ def runs(tmp_path_factory):
     script.write_text("from tests.test_parallel import two_processes\ntwo_processes()\n")
     result = torchrun(script, folder)
     assert result.returncode == 0, result.stderr[-3000:]
+    (folder / "stderr.txt").write_text(result.stderr)
     return folder
 
 
@@ -264,6 +265,15 @@ def test_gradients_of_parts_are_those_of_the_whole(accumulate):
         torch.testing.assert_close(whole, summed, rtol=1e-5, atol=1e-7)
 
 
+def test_losses_at_a_share_of_the_positions_do_not_depend_on_the_parts(tmp_path):
+    write_codes(tmp_path / "codes")
+    settings = GeneratorTraining(codes=tmp_path / "codes", **SMALL, head_share=0.25)
+    for parts in (1, 4):
+        loop = LoopConfig(**{**LOOP, "accumulate": parts})
+        train_generator(settings, loop, out=tmp_path / str(parts), resume="auto", world=ALONE)
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "4"), rel=1e-5)
+
+
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputed_activations_change_no_gradient(recompute):
     gradients = []
@@ -332,3 +342,62 @@ def test_flags_that_cannot_be_are_one_clear_line(tmp_path):
     for changes in ({"parallel": "dpp"}, {"compile": "yes"}, {"checkpoint_activations": "some"}, {"keep_every": -1}):
         with pytest.raises(ValueError, match=f"--{next(iter(changes)).replace('_', '-')} must be"):
             LoopConfig(**changes)
+
+
+def test_processes_wait_for_each_other_for_hours(monkeypatch):
+    asked = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda _kind, timeout: asked.update(timeout=timeout))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with processes("cpu"):
+        assert asked["timeout"].total_seconds() >= 2 * 3600
+
+
+def test_more_processes_than_gpus_are_one_clear_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match=r"needs cuda:2, but this machine has 2 CUDA devices") as error:
+        pick_device("auto")
+    assert "--nproc-per-node" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_too_little_memory_is_one_line_that_names_what_saves_some(tmp_path, monkeypatch):
+    def full(self, *_batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has …")
+
+    write_codes(tmp_path / "codes")
+    monkeypatch.setattr(ParallelModule, "__call__", full)
+    with pytest.raises(ValueError, match="out of memory training 4 pictures at once") as error:
+        run(tmp_path, "run", ALONE, accumulate=2)
+    assert all(f in str(error.value) for f in ("--accumulate", "--checkpoint-activations", "--batch-size"))
+    assert "\n" not in str(error.value)
+
+
+def test_sharding_that_does_nothing_is_told(tmp_path, capsys):
+    write_codes(tmp_path / "codes")
+    run(tmp_path, "run", ALONE, parallel="hsdp", steps=3)
+    assert "--parallel hsdp: one process holds the whole model" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--shard-size 2 is for --parallel hsdp, not fsdp"):
+        LoopConfig(parallel="fsdp", shard_size=2)
+
+
+def test_sharded_and_replicated_runs_warn_of_nothing(runs):
+    assert "view" not in (runs / "stderr.txt").read_text()
+
+
+def test_an_error_of_one_process_ends_all_in_one_line(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom llamagen_unitok.runtime.distributed import processes\n"
+        "from llamagen_unitok.runtime.flags import run_cli\n"
+        "def fail():\n    raise ValueError('file 7 is cut short')\n"
+        "def body():\n    with processes('cpu') as world:\n"
+        "        assert world.together(lambda: world.rank + 1) == world.rank + 1\n"
+        "        world.together(fail if world.rank == 1 else lambda: None)\n"
+        "sys.exit(run_cli(body))\n"
+    )
+    result = torchrun(script)
+    assert result.returncode != 0 and result.stderr.count("file 7 is cut short\n") == 1
+    assert f'File "{script}"' not in result.stderr

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from llamagen_unitok import GPT, GPTConfig, generate
 from llamagen_unitok.cross_entropy import loss_terms
+from llamagen_unitok.gpt import random_positions
 from llamagen_unitok.training.generator import GeneratorObjective, GeneratorTraining, generator_loss
 from tests.tiny_generator import GROUPED, SINGLE, TINY, random_batch, tiny_gpt
 
@@ -50,10 +51,9 @@ def test_weights_leave_pictures_out_of_the_means():
     assert objective(labels, codes, weights=torch.zeros(3))[0].item() == 0
 
 
-def head_gradient(gpt, batch, share: float, seed: int | None = None) -> torch.Tensor:
+def head_gradient(gpt, batch, share: float, draws: torch.Tensor | None = None) -> torch.Tensor:
     gpt.zero_grad(set_to_none=True)
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    gpt(*batch, return_loss=True, head_share=share, generator=generator).backward()
+    gpt(*batch, return_loss=True, head_share=share, draws=draws).backward()
     parameters = [gpt.output.linear_head.weight, gpt.layers[0].attention.wqkv.weight]
     return torch.cat([p.grad.flatten() for p in parameters])
 
@@ -63,16 +63,34 @@ def test_a_share_of_the_positions_keeps_the_expected_gradient():
     gpt = tiny_gpt(num_positions=4, token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0).train()
     batch = random_batch(gpt, batch=1)
     whole = head_gradient(gpt, batch, 1.0)
-    by_position, counts = {}, torch.zeros(4)
-    for seed in range(200):
-        position = int(torch.rand(1, 4, generator=torch.Generator().manual_seed(seed)).argmax())
-        counts[position] += 1
-        if position not in by_position:
-            by_position[position] = head_gradient(gpt, batch, 0.25, seed)
-    assert len(by_position) == 4
+    draws = torch.rand(200, generator=torch.Generator().manual_seed(0))
+    positions = random_positions(draws, 4, 0.25)[:, 0].tolist()
+    by_position = {
+        position: head_gradient(gpt, batch, 0.25, draws[i : i + 1])
+        for position in range(4)
+        for i in [positions.index(position)]
+    }
     torch.testing.assert_close(sum(by_position.values()) / 4, whole, rtol=1e-4, atol=1e-6)
-    # 200 fair draws of 4 leave 50 ± 4 · 6.1 with odds above 0.9999; they are seeded, so this holds or does not.
-    assert (counts - 50).abs().max() < 25
+
+
+def test_every_set_of_positions_is_as_likely_as_any_other():
+    draws = torch.rand(60_000, generator=torch.Generator().manual_seed(1))
+    chosen = random_positions(draws, 4, 0.5).sort(1).values
+    assert (chosen[:, 0] < chosen[:, 1]).all()  # never one twice
+    counts = torch.bincount(chosen[:, 0] * 4 + chosen[:, 1], minlength=16)[[1, 2, 3, 6, 7, 11]]
+    # 60,000 fair draws of 6 leave 10,000 ± 5 · 91 with odds above 0.9999
+    assert counts.sum() == 60_000 and (counts - 10_000).abs().max() < 456
+    # ... also among the draws that drop a label
+    low = torch.bincount(random_positions(draws[draws < 0.1], 4, 0.25)[:, 0], minlength=4).double()
+    assert (low / low.sum() - 0.25).abs().max() < 0.03  # five standard deviations of about 6,000 draws
+
+
+def test_the_positions_of_a_picture_follow_from_its_draw_alone():
+    draws = torch.rand(50, generator=torch.Generator().manual_seed(2))
+    whole = random_positions(draws, 256, 0.25)
+    assert whole.shape == (50, 64) and all(len(set(row.tolist())) == 64 for row in whole)
+    assert torch.equal(whole, torch.cat([random_positions(draw[None], 256, 0.25) for draw in draws]))
+    assert len({tuple(row.tolist()) for row in whole}) == 50
 
 
 def test_a_share_of_the_positions_saves_its_part_of_the_head():

@@ -1,7 +1,10 @@
 """What a run writes about itself: figures, validation losses, previews, its settings; and the dry run."""
 
+import errno
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 import train_gpt
+from llamagen_unitok import pipeline
 from llamagen_unitok.runtime.distributed import World
 from llamagen_unitok.runtime.log import TrainingLog
 from llamagen_unitok.training.data import CodeShards, StepSampler
@@ -161,6 +165,54 @@ def test_small_numbers_are_not_rounded_away(tmp_path):
     log.record(1, {"lr": 3.25e-9})
     log.close()
     assert lines(tmp_path) == [{"step": 1, "lr": 3.25e-9}]
+
+
+def test_figures_that_a_full_disk_does_not_take_are_told_once_and_the_run_goes_on(tmp_path, capsys):
+    log = TrainingLog(tmp_path, 0, 10, 4)
+    log.record(1, {"loss": 1.0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 5, hard))
+        for step in (2, 3):
+            log.record(step, {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    log.record(4, {"loss": 1.0})
+    log.close()
+    told = [line for line in capsys.readouterr().err.splitlines() if "cannot be written" in line]
+    assert len(told) == 1 and str(tmp_path) in told[0] and "too large" in told[0]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 4]  # and nothing torn between them
+
+
+def test_curves_that_cannot_be_written_do_not_end_the_run(tmp_path, capsys):
+    class Broken:
+        def add_scalar(self, *_values):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = TrainingLog(tmp_path, 0, 10, 4)
+    log.board.close()
+    log.board = Broken()
+    log.record(1, {"loss": 1.0})
+    log.record(2, {"loss": 1.0})
+    log.close()
+    assert capsys.readouterr().err.count("cannot be written") == 1
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("every", [0, 2])
+@pytest.mark.parametrize("error", [RuntimeError("no\nkernel"), torch.OutOfMemoryError("full"), OSError("disk")])
+def test_a_preview_that_fails_is_told_and_the_run_goes_on(codes, bundle, tmp_path, monkeypatch, capsys, every, error):
+    def fail(*_arguments):
+        raise error
+
+    monkeypatch.setattr(pipeline, "make_preview", lambda *_args, **_options: fail)
+    command = f"--steps 4 --save-every 2 --preview-every {every} {SMALL} --preview {bundle} --codes {codes}".split()
+    assert train_gpt.main([*command, "--out", str(tmp_path / "run")]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("no preview of step ")]
+    assert told == [f"no preview of step {step}: {' '.join(str(error).split())}" for step in (2, 4)]
+    assert (tmp_path / "run" / "generator" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

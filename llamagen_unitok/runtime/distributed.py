@@ -107,12 +107,18 @@ class World:
             result = compute()
         except ValueError as failed:
             error = str(failed)
-        errors: list[str | None] = [None] * self.size
-        dist.all_gather_object(errors, error)
-        first = next((text for text in errors if text is not None), None)
+        first = next((text for text in self.collect(error) if text is not None), None)
         if first is not None:
             raise (ValueError if self.is_main else ToldByMain)(first)
         return result
+
+    def collect(self, value: Outcome) -> list[Outcome]:
+        """The plain data of all processes, in the order of their ranks, on each of them."""
+        if self.size == 1:
+            return [value]
+        values: list = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def any(self, flag: bool) -> bool:
         """True on every process as soon as it is true on one."""

@@ -13,9 +13,10 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ META_NAME = "meta.json"
 FORMAT = "llamagen-unitok codes 1"
 VERIFY_THREADS = 8
 MOST_NAMED = 5  # damaged shards in one error line
+LEFT_OUT = "left out"  # entry of a shard's header
 
 
 def shard_name(index: int, count: int) -> str:
@@ -41,7 +43,10 @@ def shard_name(index: int, count: int) -> str:
 
 @dataclass(frozen=True)
 class CodeMeta:
-    """What meta.json holds. `tokenizer_hash` is modelfolder.content_hash of the tokenizer that made the codes."""
+    """What meta.json holds. `tokenizer_hash` is modelfolder.content_hash of the tokenizer that made the codes.
+
+    unreadable: pictures of the source that were left out: [number in its order, name].
+    """
 
     tokenizer: str
     tokenizer_hash: str
@@ -54,6 +59,7 @@ class CodeMeta:
     shard_sizes: list[int]
     checksums: list[str]
     format: str = FORMAT
+    unreadable: list[list[Any]] = field(default_factory=list)
 
     @property
     def num_positions(self) -> int:
@@ -66,13 +72,21 @@ class CodeMeta:
         return hashlib.sha256("".join(self.checksums).encode()).hexdigest()
 
 
-def write_shard(folder: Path, index: int, count: int, codes: np.ndarray, labels: np.ndarray) -> Path:
-    """Write one shard, complete or not at all. codes: (N, A, L, K) in [0, 65535]; labels: (N,)."""
+def write_shard(
+    folder: Path, index: int, count: int, codes: np.ndarray, labels: np.ndarray, left_out: Sequence[int] = ()
+) -> Path:
+    """Write one shard, complete or not at all. codes: (N, A, L, K) in [0, 65535]; labels: (N,).
+
+    left_out: numbers, in the source's order, of the pictures that it lacks; kept in its header.
+    """
     if codes.min(initial=0) < 0 or codes.max(initial=0) > np.iinfo(np.uint16).max:
         raise ValueError(f"codes from {codes.min()} to {codes.max()} do not fit uint16")
     # safetensors writes an array's memory as it lies, so it must be in row-major order
     arrays = {"codes": (codes, np.uint16), "labels": (labels, np.int64)}
-    data = safetensors_bytes({name: np.ascontiguousarray(array, dtype) for name, (array, dtype) in arrays.items()})
+    note = {LEFT_OUT: json.dumps([int(number) for number in left_out])} if len(left_out) else None
+    data = safetensors_bytes(
+        {name: np.ascontiguousarray(array, dtype) for name, (array, dtype) in arrays.items()}, metadata=note
+    )
     return _write_atomically(folder / shard_name(index, count), data)
 
 
@@ -187,11 +201,7 @@ def _map_shard(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarr
         raise ValueError(f"{path} is missing")
     wanted = {"codes": ("U16", np.uint16, shape), "labels": ("I64", np.int64, shape[:1])}
     try:
-        with open(path, "rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if header_bytes > path.stat().st_size:
-                raise ValueError("its header is cut short")
-            header = json.loads(file.read(header_bytes))
+        header, header_bytes = _read_header(path)
         maps = {}
         for name, (code, dtype, expected) in wanted.items():
             entry = header[name]
@@ -204,6 +214,24 @@ def _map_shard(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarr
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no sound shard ({error})") from None
     return maps["codes"], maps["labels"]
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """A shard's header and its length in bytes. ValueError if it is cut short."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError("its header is cut short")
+        return json.loads(file.read(length)), length
+
+
+def left_out(path: Path) -> list[int]:
+    """The pictures that a shard lacks, as `write_shard` was given them; none for a file that is no sound shard."""
+    try:
+        header, _ = _read_header(path)
+        return [int(number) for number in json.loads(header.get("__metadata__", {}).get(LEFT_OUT, "[]"))]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return []
 
 
 def is_sound_shard(path: Path, shape: tuple[int, ...]) -> bool:

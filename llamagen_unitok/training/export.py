@@ -18,7 +18,8 @@ _PREFIX = "gpt."  # of the generator within the objective
 def load_trained(run: str | Path, weights: str = "auto") -> GPT:
     """The generator of a run's newest complete checkpoint, or of a checkpoint folder itself, in eval mode on the CPU.
 
-    weights: "ema", the averaged ones; "raw"; or "auto", the averaged ones if there are any. The run may be going on, and may have had any number of processes.
+    weights: "ema", the averaged ones; "raw"; or "auto", the averaged ones if there are any. The run may be going on,
+    and may have had any number of processes.
     Raises ValueError when there is no complete checkpoint of a generator, or none with averaged weights.
     """
     if weights not in WEIGHTS:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from llamagen_unitok.training.data import (
     CodeMeta,
     CodeShards,
     is_sound_shard,
+    left_out,
     read_meta,
     shard_name,
     usable_workers,
@@ -38,6 +38,8 @@ JOB_NAME = "job.json"
 INDEX_NAME = "index"  # folder of the headers of tar shards
 VERIFY_NAME = "verify.png"
 MOST_ENTRIES = 1 << 16  # of a codebook
+MOST_NAMED = 10  # unreadable pictures in one error line
+MOST_UNREADABLE = 1000  # of a process, before it gives up on a source
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ class Extraction:
         default="fp32", metadata={"help": "of the encoder; the quantizer is fp32", "choices": ["fp32", "bf16"]}
     )
     workers: int = field(default=4, metadata={"help": "threads that read pictures, per process"})
+    skip_unreadable: bool = field(
+        default=False, metadata={"help": "leave pictures that cannot be read out, and list them in meta.json"}
+    )
     verify: int = field(
         default=0, metadata={"help": f"decode this many random entries into OUT/{VERIFY_NAME}, beside the originals"}
     )
@@ -112,9 +117,10 @@ def extract_codes(
 
     Process r writes the shards r, r + world, …; every batch has one shape, the last of a shard padded, so that a
     shard does not depend on the number of processes. An interrupted run goes on with the shards that are missing; a
-    complete one is checked against its checksums, and only damaged shards are made again.
+    complete one is checked against its checksums, and only damaged shards are made again. A shard with pictures that
+    cannot be read is not written, all others are; with `skip_unreadable` it lacks them, and meta.json lists them.
     names: what the labels mean, and the order that classes must have; default the source's own, else numbers.
-    Raises ValueError, in one line, when `out` holds other codes and for a picture that cannot be read.
+    Raises ValueError, in one line, when `out` holds other codes, and for pictures that cannot be read.
     """
     config = tokenizer.config
     if config.codebook_size > MOST_ENTRIES:
@@ -136,7 +142,7 @@ def extract_codes(
             "batch_size": settings.batch_size,
             "dtype": settings.dtype,
             "pictures": total,
-            "order of pictures": fingerprint(source),
+            "pictures in their order, with labels and sizes": fingerprint(source),
         }
         return _start_or_continue(out, job)
 
@@ -147,23 +153,33 @@ def extract_codes(
 
     checksums = np.zeros((count, 64), dtype=np.uint8)  # hexadecimal digits; rows of other processes stay zero
     mine = range(world.rank, count, world.size)
+    lacking: dict[int, str] = {}  # pictures that written shards lack → their names
+    refused: dict[int, str] = {}  # pictures that keep a shard from being written → what is wrong
     with tqdm(
         total=sum(len(shards[i]) for i in mine), unit="picture", disable=not world.is_main, dynamic_ncols=True
     ) as bar:
         for index in mine:
-            path = out / shard_name(index, count)
-            found = file_hash(path) if is_sound_shard(path, (len(shards[index]), *shape)) else None
+            rows, path = shards[index], out / shard_name(index, count)
+            without = left_out(path) if settings.skip_unreadable else []
+            sound = is_sound_shard(path, (len(rows) - len(without), *shape))
+            found = file_hash(path) if sound else None
             if found is None or found != known.get(path.name, found):
-                if path.exists():
+                if path.exists() and (settings.skip_unreadable or not left_out(path)):
                     tqdm.write(f"{path} is damaged: making it again", file=sys.stderr)
-                codes = np.empty((len(shards[index]), *shape), dtype=np.uint16)
-                for first, batch in _encoded(tokenizer, pictures, shards[index], settings, world):
-                    codes[first : first + len(batch)] = batch
-                    bar.update(len(batch))
-                found = file_hash(write_shard(out, index, count, codes, source.labels[shards[index]]))
+                codes, read, unreadable = _encoded(tokenizer, pictures, rows, shape, settings, world, bar)
+                if unreadable and not (settings.skip_unreadable and read):
+                    refused |= unreadable
+                    if len(refused) >= MOST_UNREADABLE:
+                        break
+                    continue
+                without = sorted(unreadable)
+                found = file_hash(write_shard(out, index, count, codes, source.labels[read], without))
             else:
-                bar.update(len(shards[index]))
+                bar.update(len(rows))
+            lacking |= {number: source.name(number) for number in without}
             checksums[index] = np.frombuffer(found.encode(), dtype=np.uint8)
+    lacking, refused = ({k: v for part in world.collect(p) for k, v in part.items()} for p in (lacking, refused))
+    world.share_outcome(lambda: _check_readable(refused, settings))
     gathered = world.gather(checksums)
     if world.is_main:
         meta = CodeMeta(
@@ -175,8 +191,9 @@ def extract_codes(
             codebook_size=config.codebook_size,
             views=views.names,
             class_names=class_names,
-            shard_sizes=[len(rows) for rows in shards],
+            shard_sizes=[len(rows) - len(lacking.keys() & set(rows)) for rows in shards],
             checksums=[row.tobytes().decode() for row in sum(gathered)],
+            unreadable=[[number, lacking[number]] for number in sorted(lacking)],
         )
         write_meta(out, meta)
     world.barrier()
@@ -201,15 +218,43 @@ def names_of_classes(source: PictureSource, names: ClassNames | None, images: Pa
 
 
 def _encoded(
-    tokenizer: Tokenizer, pictures: PictureViews, rows: range, settings: Extraction, world: World
-) -> Iterator[tuple[int, np.ndarray]]:
-    """(position within rows, codes (B, A, L, K) int64) of one batch after the other."""
-    first = 0
-    for images in pictures.batches(rows, settings.batch_size, usable_workers(settings.workers)):
-        padding = np.repeat(images[-1:], settings.batch_size - len(images), axis=0)
-        codes = encode_views(tokenizer, np.concatenate([images, padding]), settings.dtype, world.device)
-        yield first, codes[: len(images)].cpu().numpy()
-        first += len(images)
+    tokenizer: Tokenizer,
+    pictures: PictureViews,
+    rows: range,
+    shape: tuple[int, int, int],
+    settings: Extraction,
+    world: World,
+    bar: tqdm,
+) -> tuple[np.ndarray, list[int], dict[int, str]]:
+    """Codes uint16 (N, A, L, K) of the pictures that can be read, their numbers (N,), and what is wrong with the rest.
+
+    shape: (A, L, K). Without `skip_unreadable` the codes end at the first that cannot be read: no shard will hold them.
+    """
+    codes = np.empty((len(rows), *shape), dtype=np.uint16)
+    read: list[int] = []
+    unreadable: dict[int, str] = {}
+    for batch in pictures.batches(rows, settings.batch_size, usable_workers(settings.workers)):
+        unreadable |= batch.unreadable
+        if batch.rows and (settings.skip_unreadable or not unreadable):
+            padded = batch.views + batch.views[-1:] * (settings.batch_size - len(batch.rows))
+            encoded = encode_views(tokenizer, np.stack(padded), settings.dtype, world.device)[: len(batch.rows)]
+            codes[len(read) : len(read) + len(encoded)] = encoded.cpu().numpy()
+            read += batch.rows
+        bar.update(len(batch.rows) + len(batch.unreadable))
+    return codes[: len(read)], read, unreadable
+
+
+def _check_readable(unreadable: dict[int, str], settings: Extraction) -> None:
+    if not unreadable:
+        return
+    reasons = [unreadable[number] for number in sorted(unreadable)]
+    shown = "; ".join(reasons[:MOST_NAMED])
+    if len(reasons) > MOST_NAMED:
+        shown += f"; and {len(reasons) - MOST_NAMED} more"
+    remedy = "mend or leave them out with --skip-unreadable"
+    if settings.skip_unreadable:
+        remedy = "a shard must hold one readable picture at least: mend some, or give a larger --shard-size"
+    raise ValueError(f"{shown}: {remedy}, and run this again; the other shards are kept")
 
 
 def encode_views(tokenizer: Tokenizer, views: np.ndarray, dtype: str, device: torch.device) -> Tensor:
@@ -236,12 +281,13 @@ def verify_codes(tokenizer: Tokenizer, shards: CodeShards, settings: Extraction,
     device = next(tokenizer.parameters()).device
     source = open_source(settings.images, options, World(0, 1, device))
     pictures = PictureViews(source, shards.meta.img_size, settings.cuts())
+    numbers = np.delete(np.arange(len(source.labels)), [number for number, _ in shards.meta.unreadable])
     rng = np.random.default_rng(seed)
     groups, ratios = [], []
     for index in rng.choice(len(shards), size=min(settings.verify, len(shards)), replace=False):
         view = int(rng.integers(len(shards.meta.views)))
         label, codes = shards[int(index), view]
-        original = to_unit(pictures[int(index)][view])[None]
+        original = to_unit(pictures[int(numbers[index])][view])[None]
         decoded = tokenizer.decode(torch.from_numpy(codes)[None].to(device)).cpu()
         ratios.append(psnr(decoded, original).item())
         groups.append((shards.meta.class_names[label], to_pil(torch.cat([original, decoded]))))
@@ -259,7 +305,10 @@ def _start_or_continue(out: Path, job: dict) -> dict[str, str]:
             file.write((json.dumps(job, indent=1) + "\n").encode())
         return {}
     clear_unfinished(out)
-    earlier = json.loads(path.read_text())
+    try:
+        earlier = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}, the note of what --out holds, is damaged ({error}): give an empty folder") from None
     if earlier != job:
         differing = ", ".join(sorted(k for k in job if earlier.get(k) != job[k]))
         raise ValueError(f"--out {out} holds codes of another job (other {differing}): give an empty folder")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llamagen_unitok.config import GPTConfig
+from llamagen_unitok.config import GPTConfig, code_differences
 from llamagen_unitok.gpt import GPT
 from llamagen_unitok.labels import ClassNames
 from modelfolder.folder import ModelFolderError, check_state, locate
@@ -48,11 +48,7 @@ def start_from(gpt: GPT, source: str | Path, names: Sequence[str] | None = None)
 
 
 def _check_codes(ours: GPTConfig, theirs: GPTConfig, source: str | Path) -> None:
-    differences = [
-        f"{what} {getattr(theirs, name)} instead of {getattr(ours, name)}"
-        for what, name in (("K =", "num_codebooks"), ("V =", "codebook_size"), ("L =", "num_positions"))
-        if getattr(ours, name) != getattr(theirs, name)
-    ]
+    differences = code_differences(theirs, ours)
     if differences:
         raise ModelFolderError(
             f"{source} was trained on other codes: {', '.join(differences)}; start from a generator for the same "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -97,6 +98,17 @@ VIEWS: dict[str, Callable[[Sequence[float]], Views]] = {
 }
 
 
+class Batch(NamedTuple):
+    """rows: numbers of the pictures that could be read; views: theirs, uint8 (A, size, size, 3) each.
+
+    unreadable: number of a picture → what is wrong with it, in one line.
+    """
+
+    rows: list[int]
+    views: list[np.ndarray]
+    unreadable: dict[int, str]
+
+
 class PictureViews:
     """index → the views of a picture of `source`, uint8 (A, size, size, 3)."""
 
@@ -106,20 +118,27 @@ class PictureViews:
     def __getitem__(self, index: int) -> np.ndarray:
         return np.stack([np.asarray(view) for view in self.views.cut(self.source.load(index), self.size)])
 
-    def batches(self, rows: range, batch_size: int, threads: int) -> Iterator[np.ndarray]:
-        """The views of pictures in order, uint8 (B, A, size, size, 3); threads read the next batches meanwhile.
+    def batches(self, rows: range, batch_size: int, threads: int) -> Iterator[Batch]:
+        """Pictures in order; threads read the next batches meanwhile.
 
-        Pillow decodes and resizes outside the interpreter lock. Raises ValueError that names an unreadable picture.
+        Pillow decodes and resizes outside the interpreter lock.
         """
         rest = iter(rows)
         with ThreadPoolExecutor(threads) as pool:
             try:
-                waiting: list[list[Future]] = []
+                waiting: list[dict[int, Future]] = []
                 while True:
                     while len(waiting) <= BATCHES_AHEAD and (indices := list(islice(rest, batch_size))):
-                        waiting.append([pool.submit(self.__getitem__, index) for index in indices])
+                        waiting.append({index: pool.submit(self.__getitem__, index) for index in indices})
                     if not waiting:
                         return
-                    yield np.stack([views.result() for views in waiting.pop(0)])
+                    batch = Batch([], [], {})
+                    for index, views in waiting.pop(0).items():
+                        try:
+                            batch.views.append(views.result())
+                            batch.rows.append(index)
+                        except ValueError as error:
+                            batch.unreadable[index] = str(error)
+                    yield batch
             finally:
                 pool.shutdown(cancel_futures=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
 import threading
@@ -43,9 +44,11 @@ class PictureSource(Protocol):
     """N labelled pictures in a fixed order.
 
     labels: (N,) int64, read without decoding a picture.   class_names: by label, or None where the files hold none.
+    sizes: (N,) int64, bytes of each picture's file, or of what holds it where its own are not known.
     """
 
     labels: np.ndarray
+    sizes: np.ndarray
     class_names: list[str] | None
 
     def name(self, index: int) -> str:
@@ -63,6 +66,7 @@ class FolderSource:
         self.class_names: list[str] | None = folder.classes
         self.labels = np.array(folder.targets, dtype=np.int64)
         self._samples = folder.samples
+        self.sizes = np.array([os.stat(path).st_size for path, _ in folder.samples], dtype=np.int64)
 
     def name(self, index: int) -> str:
         return self._samples[index][0]
@@ -95,18 +99,21 @@ class TarSource:
         tables = [_kept_path(options.index, path, options.label_column) for path in files]
         mine = range(world.rank, len(files), world.size) if options.index else range(len(files))
         made: dict[int, np.ndarray] = {}
-        for i in tqdm(mine, desc="reading tar headers", unit="tar", disable=not world.is_main or len(files) < 2):
-            table = tables[i]
-            if table is None:
-                made[i] = index_tar(files[i], options.label_column)
-            elif not table.exists():
-                table.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(table) as file:
-                    np.save(file, index_tar(files[i], options.label_column), allow_pickle=False)
-        world.barrier()
+
+        def read_headers() -> None:
+            for i in tqdm(mine, desc="reading tar headers", unit="tar", disable=not world.is_main or len(files) < 2):
+                table = tables[i]
+                if table is None:
+                    made[i] = index_tar(files[i], options.label_column)
+                elif not table.exists():
+                    table.parent.mkdir(parents=True, exist_ok=True)
+                    with replacing(table) as file:
+                        np.save(file, index_tar(files[i], options.label_column), allow_pickle=False)
+
+        world.together(read_headers)
         parts = [made[i] if t is None else np.load(t, allow_pickle=False) for i, t in enumerate(tables)]
         self._starts = np.cumsum([0, *map(len, parts)])
-        self._members, self._offsets, self._sizes, self.labels = (
+        self._members, self._offsets, self.sizes, self.labels = (
             np.concatenate([part[field] for part in parts]) for field in ("member", "offset", "size", "label")
         )
 
@@ -116,7 +123,7 @@ class TarSource:
     def load(self, index: int) -> Image.Image:
         with open(self._file(index), "rb") as file:
             file.seek(self._offsets[index])
-            data = file.read(self._sizes[index])
+            data = file.read(self.sizes[index])
         return load_rgb(io.BytesIO(data), name=self.name(index))
 
     def _file(self, index: int) -> Path:
@@ -215,7 +222,7 @@ class ParquetSource:
         self._files, self._column = files, options.image_column
         self.class_names: list[str] | None = None
         self._groups: list[tuple[int, int]] = []  # (file, row group)
-        sizes, labels = [], []
+        sizes, group_bytes, labels = [], [], []
         for i, path in enumerate(tqdm(files, desc="reading labels", unit="file", disable=not world.is_main)):
             try:
                 file = parquet.ParquetFile(path)
@@ -229,8 +236,10 @@ class ParquetSource:
                 raise ValueError(f"{path} is no sound parquet file ({error}): copy or make it again") from None
             self._groups += [(i, group) for group in range(file.num_row_groups)]
             sizes += [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            group_bytes += [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
             self.class_names = self.class_names or _class_label_names(file.schema_arrow, options.label_column)
         self._starts = np.cumsum([0, *sizes])
+        self.sizes = np.repeat(np.array(group_bytes, dtype=np.int64), sizes)
         if not labels:
             raise ValueError(f"--images {images} has no pictures: its parquet files have no rows")
         if all(isinstance(label, str) for label in labels):
@@ -342,8 +351,10 @@ def expand_ranges(text: str) -> list[str]:
 
 
 def fingerprint(source: PictureSource) -> str:
-    """SHA-256 over the order of a source: last parts of the pictures' names, and the labels."""
-    digest = hashlib.sha256(np.ascontiguousarray(source.labels).tobytes())
+    """SHA-256 over the order of a source: last parts of the pictures' names, their labels and sizes in bytes."""
+    digest = hashlib.sha256()
+    for numbers in (source.labels, source.sizes):
+        digest.update(np.ascontiguousarray(numbers, dtype=np.int64).tobytes())
     for index in range(len(source.labels)):
         digest.update(source.name(index).rpartition("/")[2].encode() + b"\0")
     return digest.hexdigest()
