@@ -104,6 +104,7 @@ def spoiled_run(folder: Path, world: World) -> dict:
         )  # fmt: skip
     except FloatingPointError as caught:
         error = str(caught)
+    world.barrier()  # the main process gives the checkpoint its name
     saved = read_tensors(folder / "spoiled" / "checkpoints" / "step-00000003", "model")
     unspoiled = all(torch.equal(saved[f"gpt.{name}"], tensor) for name, tensor in gpt.state_dict().items())
     return {"error": error, "unspoiled": unspoiled}

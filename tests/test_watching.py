@@ -182,7 +182,7 @@ def test_figures_that_a_full_disk_does_not_take_are_told_once_and_the_run_goes_o
     log.record(4, {"loss": 1.0})
     log.close()
     told = [line for line in capsys.readouterr().err.splitlines() if "cannot be written" in line]
-    assert len(told) == 1 and str(tmp_path) in told[0] and "too large" in told[0]
+    assert len(told) == 1 and str(tmp_path) in told[0]
     assert [line["step"] for line in lines(tmp_path)] == [1, 4]  # and nothing torn between them
 
 

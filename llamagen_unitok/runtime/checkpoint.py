@@ -15,7 +15,6 @@ import os
 import pickle
 import re
 import shutil
-import sys
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from llamagen_unitok.runtime.distributed import World
 from llamagen_unitok.runtime.files import clear_unfinished
+from llamagen_unitok.runtime.log import tell
 
 META_NAME = "meta.json"
 _NAME = re.compile(r"step-\d{8}")
@@ -138,7 +138,7 @@ class Checkpoints:
         newest = f"step {_step_of(complete[-1])}" if complete else "none"
         reason = _reason(error) if error else "another process failed"
         self.failure += f" ({reason}); the newest complete one: {newest}"
-        print(self.failure, file=sys.stderr, flush=True)
+        tell(self.failure)
 
 
 def complete_checkpoints(out: Path) -> list[Path]:

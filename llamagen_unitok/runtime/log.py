@@ -87,8 +87,13 @@ class TrainingLog:
         except OSError as error:
             if not self._warned:
                 reason = error.strerror or type(error).__name__
-                print(f"the run's figures cannot be written to {self.path.parent}: {reason}", file=sys.stderr)
+                tell(f"the run's figures cannot be written to {self.path.parent}: {reason}")
             self._warned = True
+
+
+def tell(line: str) -> None:
+    """A line on stderr, above the progress bar if there is one."""
+    tqdm.write(line, file=sys.stderr)
 
 
 def _board(folder: Path, first_step: int) -> Any:

@@ -20,6 +20,7 @@ from llamagen_unitok.gpt import GPT
 from llamagen_unitok.runtime.checkpoint import find_checkpoint
 from llamagen_unitok.runtime.distributed import World
 from llamagen_unitok.runtime.files import replacing
+from llamagen_unitok.runtime.log import tell
 from llamagen_unitok.training.data import CodeMeta, CodeShards, TrainingCodes
 from llamagen_unitok.training.finetune import start_from
 from llamagen_unitok.training.flops import flops_per_image, peak_flops
@@ -234,7 +235,7 @@ def train_generator(
             preview(passed.to(world.device).eval(), out / "previews" / f"step-{step:08d}.png")
         except (RuntimeError, ValueError, OSError) as error:
             reason = " ".join(str(error).split())
-            print(f"no preview of step {step}: {reason or type(error).__name__}", file=sys.stderr, flush=True)
+            tell(f"no preview of step {step}: {reason or type(error).__name__}")
 
     def pass_on(state: dict[str, Tensor], step: int) -> None:
         passed = generator_of(state)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,7 @@ from llamagen_unitok.runtime.checkpoint import (
 )
 from llamagen_unitok.runtime.distributed import PRECISIONS, World, set_float32_products
 from llamagen_unitok.runtime.files import clear_unfinished
-from llamagen_unitok.runtime.log import TrainingLog
+from llamagen_unitok.runtime.log import TrainingLog, tell
 from llamagen_unitok.runtime.memory import explained_memory, keep_freed_memory, peak_bytes
 from llamagen_unitok.runtime.optim import EMA, clip_gradients, decay_groups, lr_factor
 from llamagen_unitok.runtime.parallel import (
@@ -196,7 +195,7 @@ def train(
             f"process (--batch-size {config.batch_size} over {world.size} processes)"
         )
     if world.size == 1 and config.parallel in ("fsdp", "hsdp"):
-        print(f"--parallel {config.parallel}: one process holds the whole model, nothing is sharded", file=sys.stderr)
+        tell(f"--parallel {config.parallel}: one process holds the whole model, nothing is sharded")
     on_cuda = world.device.type == "cuda"
     if not on_cuda:
         keep_freed_memory()
@@ -232,7 +231,7 @@ def train(
     if found is not None:
         changes = world.share_outcome(lambda: changed_settings(found, meta))
         for change in changes if world.is_main else ():
-            print(told_change(change), file=sys.stderr)
+            tell(told_change(change))
         changes = [*earlier_changes(found), *changes]
         state = _run_state(objective, optimizer, ema)
         load_checkpoint(found, state)
@@ -275,7 +274,7 @@ def train(
         if world.any(bool(failure)) and step == config.steps:
             raise OSError(failure or "the main process could not write the model")
         if failure:
-            print(failure, file=sys.stderr, flush=True)
+            tell(failure)
 
     def save() -> None:
         nonlocal saved_step
