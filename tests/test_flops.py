@@ -1,9 +1,16 @@
 """Costs of a training step: against the table of shared estimates, a count by hooks, and a real backward."""
 
+import gc
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from llamagen_unitok import GPT, GPTConfig
+from llamagen_unitok.runtime.parallel import wrap_blocks
 from llamagen_unitok.training.flops import (
     activations,
     duration,
@@ -13,6 +20,7 @@ from llamagen_unitok.training.flops import (
     peak_flops,
     spelled_hours,
 )
+from llamagen_unitok.training.generator import GeneratorObjective
 from tests.tiny_generator import GROUPED, SINGLE, TINY, random_batch
 
 # TFLOP per image of the trunk, of attention, of the head, and of all; images/s at 50 % of 989 TFLOP/s; counted by hand
@@ -98,6 +106,53 @@ def test_activations_are_what_a_real_forward_keeps(share, bf16):
     real = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
     counted = activations(config, share, bf16)
     assert counted.fixed + 5 * counted.per_image == pytest.approx(real, rel=0.02)
+
+
+class Living(TorchDispatchMode):
+    """Storages that operations make; `bytes` are those of the ones that still live."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def bytes(self, own: set[int]) -> int:
+        return sum(size for address, (ref, size) in self.made.items() if not ref.expired() and address not in own)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_recomputed_activations_are_what_lives_after_a_real_forward_and_one_block(recompute, bf16):
+    config = GPTConfig(**{**TINY, "num_positions": 16, "layers": 5})
+    gpt = GPT(config).train()
+    wrap_blocks(GeneratorObjective(gpt, 0.0).blocks(), recompute, compiled=False)
+    labels, codes = random_batch(gpt, batch=5)
+    with Living() as living, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = gpt(labels, codes, return_loss=True)
+    gc.collect()
+    own = {t.untyped_storage()._cdata for t in (*gpt.parameters(), *gpt.buffers(), labels, codes, loss)}
+    real = living.bytes(own)
+    counted = activations(config, 1.0, bf16, recompute)
+    counted = counted.fixed + 5 * counted.per_image
+    if recompute == "none":
+        assert counted == pytest.approx(real, rel=0.02)
+    else:
+        # the depth head's blocks are the larger ones: K = 3 steps at each position
+        two, one = (activations(replace(config, depth_layers=n), 1.0, bf16) for n in (2, 1))
+        block = two.fixed - one.fixed + 5 * (two.per_image - one.per_image)
+        assert real < counted <= 1.02 * (real + block)
+        whole = activations(config, 1.0, bf16)
+        assert counted < 0.8 * (whole.fixed + 5 * whole.per_image)
+    if recompute == "full":
+        kept_already = 5 * 16 * 3 * config.width * 4  # a block's input, float32
+        assert counted == pytest.approx(real + block - kept_already, rel=0.02)
 
 
 def test_memory_is_16_bytes_a_parameter_shared_by_the_shards():

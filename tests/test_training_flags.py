@@ -57,7 +57,7 @@ RUNS: dict[str, str | tuple[str, str]] = {
     "precision": "--precision bf16",
     "accumulate": "--accumulate 2",
     "parallel": "--parallel fsdp",
-    "shard_size": "--shard-size 1",
+    "shard_size": ("--parallel hsdp", "--parallel hsdp --shard-size 1"),
     "checkpoint_activations": "--checkpoint-activations full",
     "compile": "--compile on",
     "seed": "--seed 1",
@@ -78,7 +78,7 @@ PLANS: dict[str, str | tuple[str, str]] = {
     "ffn_multiple": "--ffn-multiple 64",
     "steps": "--steps 4",
     "gpus": "--gpus 2",
-    "shards": ("--gpus 2", "--gpus 2 --shards 2"),
+    "gpu_memory": ("--gpus 2", "--gpus 2 --gpu-memory 0.5"),
     "mfu": "--mfu 0.25",
 }
 
@@ -193,7 +193,7 @@ def test_a_changed_setting_changes_the_first_steps(name, places, tmp_path, uncha
 def test_a_changed_setting_changes_the_plan(name, places, capsys):
     before, after = both(PLANS[name])
     base = "--batch-size 4 --warmup-steps 0 "
-    base += "--model B --layers 2 " if name in ("model", "shards") else f"{SHAPE} "
+    base += "--model B --layers 2 " if name in ("model", "gpu_memory") else f"{SHAPE} "
     base += "" if name == "epochs" else "--steps 9 "
     assert plan(base + before, places, capsys) != plan(base + after, places, capsys)
 

@@ -227,7 +227,12 @@ def test_a_preview_that_fails_is_told_and_the_run_goes_on(codes, bundle, tmp_pat
         (["--held-out", "-1", "--validate-every", "1"], "--held-out must lie in [0, 1), not -1"),
         (["--epochs", "1", "--steps", "9"], "--steps and --epochs say the same"),
         (["--dry-run", "--gpus", "3"], "--batch-size 256 does not divide into --gpus 3"),
-        (["--dry-run", "--gpus", "4", "--shards", "3"], "--shards 3 must divide --gpus 4"),
+        (["--dry-run", "--gpus", "4", "--accumulate", "3"], "does not divide into --gpus 4 and --accumulate 3"),
+        (
+            ["--dry-run", "--gpus", "4", "--parallel", "hsdp", "--shard-size", "3"],
+            "--shard-size 3 does not divide --gpus 4",
+        ),
+        (["--dry-run", "--gpu-memory", "0"], "--gpu-memory must be above 0"),
         (["--dry-run", "--mfu", "1.5"], "--mfu must lie in (0, 1]"),
     ],
 )
@@ -261,6 +266,25 @@ def test_a_dry_run_prints_the_published_run(capsys, tmp_path, monkeypatch):
     ):
         assert words in said
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("", "weights 6.3 + gradients 6.3 + optimizer 12.6 + activations 122"),
+        ("", "64 images at once; --parallel ddp, a copy of the model on each GPU"),
+        ("", "!            more than the 85 GB of --gpu-memory"),
+        ("--accumulate 4", "16 images at once"),
+        ("--parallel fsdp", "weights 0.4 + gradients 0.4 + optimizer 0.8"),
+        ("--parallel hsdp --shard-size 4", "weights 1.6 + gradients 1.6 + optimizer 3.1"),
+        ("--parallel hsdp", "a copy on every 8 GPUs"),
+        ("--gpu-memory 60", "--parallel fsdp, one copy on 16 GPUs"),
+        ("--checkpoint-activations full", "recomputed activations: full"),
+    ],
+)
+def test_a_dry_run_counts_parts_shards_and_recomputation(capsys, flags, said):
+    assert train_gpt.main(f"--recipe unitok-cfgfree --dry-run --gpus 16 {flags}".split()) == 0
+    assert said in capsys.readouterr().out
 
 
 def test_a_dry_run_counts_the_codes_it_is_given(codes, tmp_path, capsys):

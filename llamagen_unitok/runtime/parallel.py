@@ -43,7 +43,8 @@ def wrap_blocks(blocks: list[nn.Module], recompute: str, compiled: bool) -> None
             block.forward = torch.compile(block.forward, dynamic=False)
 
 
-_PRODUCTS = {
+# What selective recomputation keeps.
+PRODUCTS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -55,7 +56,7 @@ _PRODUCTS = {
 
 def _keep_products() -> tuple:
     def policy(_context: object, operator: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operator in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if operator in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
 
@@ -117,12 +118,16 @@ def pick_parallel(name: str, module: nn.Module, world: World, can_shard: bool) -
     if name == "auto":
         if world.device.type != "cuda" or not can_shard:
             return "ddp"
-        state = _STATE_BYTES * sum(p.numel() for p in module.parameters())
         memory = torch.cuda.get_device_properties(world.device).total_memory
-        return "fsdp" if state > _REPLICATED_SHARE * memory else "ddp"
+        return pick_by_memory(sum(p.numel() for p in module.parameters()), memory)
     if name in ("fsdp", "hsdp") and not can_shard:
         raise ValueError(f"--parallel {name}: this model has no blocks to shard; use --parallel ddp")
     return name
+
+
+def pick_by_memory(parameters: int, memory: float) -> str:
+    """What ``--parallel auto`` means on several GPUs of so many bytes each: fsdp or ddp."""
+    return "fsdp" if _STATE_BYTES * parameters > _REPLICATED_SHARE * memory else "ddp"
 
 
 def _shard_size(kind: str, shard_size: int, world: World) -> int:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llamagen_unitok.config import GPTConfig
 from llamagen_unitok.gpt import GPT
+from llamagen_unitok.runtime.parallel import PRODUCTS
 
 # Dense bf16 TFLOP/s by the makers' data sheets; the first name that the device's holds counts.
 PEAK_TFLOPS = {
@@ -94,36 +100,77 @@ class Activations(NamedTuple):
 
 
 @functools.cache
-def activations(config: GPTConfig, head_share: float = 1.0, bf16: bool = True) -> Activations:
+def activations(config: GPTConfig, head_share: float = 1.0, bf16: bool = True, recompute: str = "none") -> Activations:
     """Counted by running the forward on tensors without data: every storage that autograd keeps, once.
 
-    Operation by operation, without torch.compile and without recomputation; buffers that live only inside an operation
-    are not counted.
+    recompute: as in runtime.parallel.wrap_blocks; what the largest block keeps while it is computed again comes on top.
+    Operation by operation, without torch.compile; buffers that live only inside an operation are not counted.
     """
 
     def kept(batch: int) -> int:  # blocks of the trunk are alike: two of them tell about any number
-        one, two = (_kept_bytes(replace(config, layers=layers), batch, head_share, bf16) for layers in (1, 2))
+        one, two = (
+            _kept_bytes(replace(config, layers=layers), batch, head_share, bf16, recompute) for layers in (1, 2)
+        )
         return one + (config.layers - 1) * (two - one)
 
     one, two = kept(1), kept(2)
     return Activations(two - one, 2 * one - two)
 
 
-def _kept_bytes(config: GPTConfig, batch: int, head_share: float, bf16: bool) -> int:
-    kept = {}
+class _Kept:
+    """Storages of tensors, each once."""
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor  # holding it keeps the address from being used again
+    def __init__(self) -> None:
+        self.tensors: dict[int, Tensor] = {}
+
+    def note(self, tensor: Tensor) -> Tensor:
+        self.tensors[tensor.untyped_storage()._cdata] = tensor  # holding it keeps the address from being used again
         return tensor
+
+    def bytes_beside(self, *others: Iterable[int]) -> int:
+        """Bytes of all storages but those of `others`, which are addresses."""
+        known = set().union(*others)
+        return sum(t.untyped_storage().nbytes() for address, t in self.tensors.items() if address not in known)
+
+
+class _NoteProducts(TorchDispatchMode):
+    def __init__(self, kept: _Kept):
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in PRODUCTS:
+            for tensor in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(tensor, Tensor):
+                    self.kept.note(tensor)
+        return result
+
+
+def _kept_bytes(config: GPTConfig, batch: int, head_share: float, bf16: bool, recompute: str) -> int:
+    kept, within = _Kept(), []
+
+    def recomputed(forward: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+        kept.note(x)
+        inside = _Kept()
+        within.append(inside)
+        with (
+            saved_tensors_hooks(inside.note, inside.note),
+            _NoteProducts(kept) if recompute == "selective" else nullcontext(),
+        ):
+            return forward(x, *rest)
 
     with FakeTensorMode():
         gpt = GPT(config).train()
+        for block in (*gpt.layers, *getattr(gpt.output, "layers", ())) if recompute != "none" else ():
+            block.forward = functools.partial(recomputed, block.forward)
         labels = torch.zeros(batch, dtype=torch.int64)
         codes = torch.zeros(batch, config.num_positions, config.num_codebooks, dtype=torch.int64)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16), torch.autograd.graph.saved_tensors_hooks(note, note):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16), saved_tensors_hooks(kept.note, kept.note):
             gpt(labels, codes, return_loss=True, head_share=head_share)
         own = {tensor.untyped_storage()._cdata for tensor in (*gpt.parameters(), *gpt.buffers(), labels, codes)}
-        return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
+        largest = max((inside.bytes_beside(own, kept.tensors) for inside in within), default=0)
+        return kept.bytes_beside(own) + largest
 
 
 class Memory(NamedTuple):
@@ -141,12 +188,19 @@ class Memory(NamedTuple):
 
 
 def memory(
-    config: GPTConfig, *, batch: int, shards: int = 1, ema: bool = False, head_share: float = 1.0, bf16: bool = True
+    config: GPTConfig,
+    *,
+    batch: int,
+    shards: int = 1,
+    ema: bool = False,
+    head_share: float = 1.0,
+    bf16: bool = True,
+    recompute: str = "none",
 ) -> Memory:
     """With fp32 weights and AdamW. batch: pictures on this device at once.   shards: devices that share one copy of
-    everything but activations; 1 = each has its own (DDP)."""
+    everything but activations; 1 = each has its own (DDP).   recompute: as in runtime.parallel.wrap_blocks."""
     copy = 4 * parameters(config).total / shards
-    kept = activations(config, head_share, bf16)
+    kept = activations(config, head_share, bf16, recompute)
     return Memory(copy, copy, 2 * copy, copy if ema else 0.0, kept.fixed + batch * kept.per_image)
 
 
