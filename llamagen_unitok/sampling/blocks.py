@@ -1,8 +1,8 @@
-"""A generator's weights as steps of fixed shape read them, and what a block does around its attention.
+"""A generator's weights as steps of fixed shape read them, and what is between one attention and the next.
 
-The functions take nothing but tensors and numbers, so one compilation serves every layer of a size, and each runs as few
-kernels as plain PyTorch can: w1 and w3 are one matrix, queries, keys and values turn together, residuals are added by
-the matrix product. Attention itself and its cache stay outside, so that neither the position nor the length that is
+The functions take nothing but tensors and numbers, so one compilation serves every layer of a size, and each runs as
+few kernels as plain PyTorch can: w1 and w3 are one matrix, queries, keys and values turn together, residuals are added
+by the matrix product. Attention itself and its cache stay outside, so that neither the position nor the length that is
 read ever asks for another compilation.
 """
 
@@ -58,11 +58,11 @@ class BlockWeights(NamedTuple):
         return self._replace(wqkv=self.wqkv[self.heads * self.head_width :], heads=0)
 
 
-class HeadWeights(NamedTuple):
-    """The last norm (None where the trunk's was the last) and the output layer."""
+class LastWeights(NamedTuple):
+    """What follows a stack of blocks: a norm and a linear layer, either of them None where there is none."""
 
     norm: Tensor | None
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     eps: float
 
@@ -82,9 +82,11 @@ class FixedWeights:
             self.head_codes = [table.weight for table in (head.codebooks if several else ())]
             self.first_rows = torch.arange(len(tables), device=self.codes.device) * config.codebook_size
             self.turns = whole_turns(gpt.rope.table, config.heads + config.kv_heads, config.kv_heads)
-            self.norm, self.eps = gpt.norm.weight, gpt.norm.eps
+            self.last = LastWeights(gpt.norm.weight, None, None, gpt.norm.eps)
             output = head.linear_head if several else head
-            self.output = HeadWeights(head.norm.weight if several else None, output.weight, output.bias, gpt.norm.eps)
+            self.head_last = LastWeights(
+                head.norm.weight if several else None, output.weight, output.bias, config.norm_eps
+            )
             positions = torch.arange(config.num_positions, device=self.codes.device)
             ahead = positions > positions[:, None]
             self.masks = torch.zeros_like(ahead, dtype=self.codes.dtype).masked_fill_(ahead, -torch.inf)  # (L, L)
@@ -103,14 +105,17 @@ def merged_bytes(gpt: GPT) -> int:
 
 
 def whole_turns(table: Tensor, turning: int, resting: int) -> Tensor:
-    """Rotations (T, D/2, 2) of one head → of all heads of a position, (T, heads, D/2, 2), the last `resting` at rest."""
+    """Rotations (T, D/2, 2) of one head → of all of a position, (T, heads, D/2, 2), the last `resting` at rest."""
     rest = torch.zeros_like(table)
     rest[..., 0] = 1
     return torch.stack((table,) * turning + (rest,) * resting, dim=1)
 
 
-def before_attention(x: Tensor, block: BlockWeights, turn: Tensor | None) -> Tensor:
-    """x (rows, C) → its queries, keys and values (rows, H + 2 kv, D); turn (1, H + 2 kv, D/2, 2) float32, or None."""
+def enter(x: Tensor, block: BlockWeights, turn: Tensor | None) -> Tensor:
+    """The input x (rows, C) of a stack's first block → its queries, keys and values (rows, H + 2 kv, D).
+
+    turn: (1, H + 2 kv, D/2, 2) float32, what `whole_turns` gives for the position; None without positions.
+    """
     normed = F.rms_norm(x, x.shape[-1:], block.attention_norm, block.eps)
     qkv = F.linear(normed, block.wqkv).unflatten(-1, (-1, block.head_width))
     if block.q_norm is not None:
@@ -122,18 +127,31 @@ def before_attention(x: Tensor, block: BlockWeights, turn: Tensor | None) -> Ten
     return qkv if turn is None else _turned(qkv, turn)
 
 
-def after_attention(x: Tensor, y: Tensor, block: BlockWeights) -> Tensor:
-    """The block's input x (rows, C), which may be overwritten, and attention's answer y (rows, H·D) → its output."""
+def pass_on(
+    x: Tensor, y: Tensor, block: BlockWeights, following: BlockWeights, turn: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A block's input x (rows, C), which may be overwritten, and its attention's answer y (rows, H·D) → the input of
+    the block that follows, and what that `enter`s with."""
+    x = _after_attention(x, y, block)
+    return x, enter(x, following, turn)
+
+
+def leave(x: Tensor, y: Tensor, block: BlockWeights, last: LastWeights) -> Tensor:
+    """The same after a stack's last block → what `finish` makes of its output."""
+    return finish(_after_attention(x, y, block), last)
+
+
+def finish(x: Tensor, last: LastWeights) -> Tensor:
+    """x (rows, C) → normed, and mapped to logits (rows, V) where `last` has a linear layer."""
+    if last.norm is not None:
+        x = F.rms_norm(x, x.shape[-1:], last.norm, last.eps)
+    return x if last.weight is None else F.linear(x, last.weight, last.bias)
+
+
+def _after_attention(x: Tensor, y: Tensor, block: BlockWeights) -> Tensor:
     x = _plus_product(x, y, block.wo)
     gate, up = F.linear(F.rms_norm(x, x.shape[-1:], block.ffn_norm, block.eps), block.w13).chunk(2, dim=-1)
     return _plus_product(x, F.silu(gate) * up, block.w2)
-
-
-def head_logits(x: Tensor, head: HeadWeights) -> Tensor:
-    """x (rows, C) → logits (rows, V)."""
-    if head.norm is not None:
-        x = F.rms_norm(x, x.shape[-1:], head.norm, head.eps)
-    return F.linear(x, head.weight, head.bias)
 
 
 def _turned(qkv: Tensor, turn: Tensor) -> Tensor:

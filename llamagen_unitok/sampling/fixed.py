@@ -7,6 +7,10 @@ reads the cache up to one of `LENGTHS` lengths.
 
 from __future__ import annotations
 
+import functools
+import importlib
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,12 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llamagen_unitok.gpt import GPT
-from llamagen_unitok.sampling.blocks import BlockWeights, FixedWeights, after_attention, before_attention, head_logits
+from llamagen_unitok.sampling.blocks import BlockWeights, FixedWeights, enter, finish, leave, pass_on
 from llamagen_unitok.sampling.draws import Draw
 from llamagen_unitok.sampling.kept import Kept
 from llamagen_unitok.sampling.steps import Run
 
 LENGTHS = 4  # of the cache, in equal parts of the sequence: attention reads an eighth more than it needs, on average
+
+# Device types whose draws run as one kernel, and the module that holds it.
+KERNELS = {"cuda": "llamagen_unitok.sampling.kernels"}
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -66,9 +75,8 @@ class Buffers:
 class FixedEngine:
     """The step run as it is: what `compiled` and `graph` are made of, on every device."""
 
-    before = staticmethod(before_attention)
-    after = staticmethod(after_attention)
-    logits = staticmethod(head_logits)
+    # What is around attention; a subclass compiles it.
+    enter, pass_on, leave = staticmethod(enter), staticmethod(pass_on), staticmethod(leave)
 
     def __init__(self, gpt: GPT, run: Run, kept: Kept) -> None:
         self.run, self.config = run, gpt.config
@@ -87,6 +95,7 @@ class FixedEngine:
         if isinstance(run.chooser, Draw):
             self.buffers.uniforms.copy_(run.chooser.uniforms)
             self.chooser = run.chooser.over(self.buffers.uniforms)
+        self.choice = self._one_kernel_choice()
         self.buffers.restart()
 
     @property
@@ -129,45 +138,70 @@ class FixedEngine:
 
     def _trunk(self, x: Tensor, rows: int, length: int) -> Tensor:
         """Embeddings x (rows, C) → final-normed hidden states (rows, C)."""
-        here = self.buffers.position
-        turn = self.weights.turns.index_select(0, here)
-        mask = self.weights.masks.index_select(0, here)[None, None, :, :length]
-        for block, cache in zip(self.weights.layers, self.buffers.caches[:, :rows, :, :length], strict=True):
-            q, new = self._queries(self.before(x, block, turn), block)
+        here, weights = self.buffers.position, self.weights
+        turn = weights.turns.index_select(0, here)
+        mask = weights.masks.index_select(0, here)[None, None, :, :length]
+        caches = self.buffers.caches[:, :rows, :, :length]
+        layers = weights.layers
+        qkv = self.enter(x, layers[0], turn)
+        for number, (block, cache) in enumerate(zip(layers, caches, strict=True), start=1):
+            q, new = qkv.split((block.heads, 2 * block.kv_heads), dim=1)
             cache.index_copy_(2, here, new.unsqueeze(2))
-            x = self.after(x, _attend(q, cache, block, mask), block)
-        return F.rms_norm(x, x.shape[-1:], self.weights.norm, self.weights.eps)
+            y = _attend(q, cache, block, mask)
+            if number < len(layers):
+                x, qkv = self.pass_on(x, y, block, layers[number], turn)
+        return self.leave(x, y, block, weights.last)
 
     def _head(self, x: Tensor, k: int) -> Tensor:
         """Logits (rows, V) of codebook k; x (rows, C) is the hidden state for k = 0, else code k - 1 embedded."""
-        weights = self.weights
-        blocks = weights.head_layers if k else weights.first_head_layers
-        for block, cache in zip(blocks, self.buffers.head_caches[:, : len(x)], strict=True):
-            q, new = self._queries(self.before(x, block, None), block)
+        weights, caches = self.weights, self.buffers.head_caches[:, : len(x)]
+        layers = weights.head_layers
+        if not layers:
+            return finish(x, weights.head_last)
+        entering = layers if k else weights.first_head_layers
+        qkv = self.enter(x, entering[0], None)
+        for number, (block, cache) in enumerate(zip(layers, caches, strict=True), start=1):
+            new = qkv[:, -2 * block.kv_heads :]
             cache[:, :, k] = new
-            if k:
-                y = _attend(q, cache[:, :, : k + 1], block, None)
-            else:
-                y = self._values(new, block)  # the first code sees only itself
-            x = self.after(x, y, block)
-        return self.logits(x, weights.output)
-
-    def _values(self, new: Tensor, block: BlockWeights) -> Tensor:
-        """Keys before values (rows, 2 kv, D) → the values for each head (rows, H·D)."""
-        values, group = new[:, block.kv_heads :], self.config.heads // block.kv_heads
-        return (values if group == 1 else values.repeat_interleave(group, dim=1)).flatten(1)
-
-    @staticmethod
-    def _queries(qkv: Tensor, block: BlockWeights) -> tuple[Tensor, Tensor]:
-        """Queries (rows, H, D), and keys before values (rows, 2 kv, D)."""
-        return qkv[:, : block.heads], qkv[:, block.heads :]
+            # The first code sees only itself.
+            y = _attend(qkv[:, : block.heads], cache[:, :, : k + 1], block, None) if k else _values(new, block)
+            if number < len(layers):
+                x, qkv = self.pass_on(x, y, block, entering[number], None)
+        return self.leave(x, y, block, weights.head_last)
 
     def _choose(self, logits: Tensor, k: int) -> Tensor:
         """Logits (rows, V) of codebook k → codes (B,)."""
+        if self.choice is not None:
+            return self.choice(logits, k)
         guided = self._guide(logits.float())
         if k == 0:
             self.buffers.finite.logical_and_(guided.isfinite().all())
         return self.chooser(guided, self.buffers.position, k)
+
+    def _one_kernel_choice(self) -> Callable[[Tensor, int], Tensor] | None:
+        """`_choose` as one kernel; None where this device, Triton or the chooser has none."""
+        buffers, draw, kind = self.buffers, self.chooser, self.codes.device.type
+        if kind not in KERNELS or not isinstance(draw, Draw):
+            return None
+        kernels = _load(KERNELS[kind])
+        if kernels is None or self.config.codebook_size > kernels.LARGEST_VOCABULARY:
+            return None
+
+        def choice(logits: Tensor, k: int) -> Tensor:
+            return kernels.guided_choice(
+                logits, buffers.uniforms, buffers.scales, buffers.position, buffers.finite, k,
+                draw.temperature, draw.top_k, draw.top_p,
+            )  # fmt: skip
+
+        try:  # a compiler may be missing on this machine, or not know this device
+            choice(buffers.prefix.new_zeros(self.run.rows, self.config.codebook_size), 0)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            _log.warning("the kernel for draws does not run here (%s): slower ones draw", type(error).__name__)
+            KERNELS.pop(kind)
+            return None
+        return choice
 
     def _guide(self, logits: Tensor) -> Tensor:
         batch = self.run.batch
@@ -188,3 +222,18 @@ def _attend(q: Tensor, cache: Tensor, block: BlockWeights, mask: Tensor | None) 
     q = q.unflatten(1, (block.kv_heads, -1))
     keys, values = cache.split(block.kv_heads, dim=1)
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).flatten(1)
+
+
+def _values(new: Tensor, block: BlockWeights) -> Tensor:
+    """Keys before values (rows, 2 kv, D) → the values that each head reads (rows, H·D)."""
+    values, group = new[:, block.kv_heads :], block.heads // block.kv_heads
+    return (values if group == 1 else values.repeat_interleave(group, dim=1)).flatten(1)
+
+
+@functools.cache
+def _load(name: str):
+    """The module, or None without Triton."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None

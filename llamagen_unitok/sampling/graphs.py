@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from llamagen_unitok.gpt import GPT
-from llamagen_unitok.sampling.blocks import after_attention, before_attention, head_logits
+from llamagen_unitok.sampling.blocks import enter, leave, pass_on
 from llamagen_unitok.sampling.draws import Draw
 from llamagen_unitok.sampling.fixed import FixedEngine
 from llamagen_unitok.sampling.kept import Kept
@@ -123,7 +123,7 @@ class CompiledEngine(GraphEngine):
         new = [shape for shape in shapes if shape[0] not in self.buffers.compiled_rows]
         if _Compiler.broken:
             return
-        self.before, self.after, self.logits = map(_Compiler.compiled, (before_attention, after_attention, head_logits))
+        self.enter, self.pass_on, self.leave = map(_Compiler.compiled, (enter, pass_on, leave))
         try:
             with torch._dynamo.config.patch(recompile_limit=COMPILATIONS):
                 for rows, length in {shape[0]: shape for shape in new}.values():
@@ -135,7 +135,7 @@ class CompiledEngine(GraphEngine):
             raise
         except Exception as error:  # a missing C compiler, an unknown GPU: anything that a compiler can stumble over
             _Compiler.broken = True
-            self.before, self.after, self.logits = before_attention, after_attention, head_logits
+            self.enter, self.pass_on, self.leave = enter, pass_on, leave
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
             _log.warning("torch.compile failed (%s: %s): blocks run uncompiled", type(error).__name__, reason)
 
