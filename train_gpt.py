@@ -20,7 +20,7 @@ from llamagen_unitok.training.export import WEIGHTS, export, load_trained
 from llamagen_unitok.training.generator import GeneratorTraining, train_generator
 from llamagen_unitok.training.loop import LoopConfig
 from llamagen_unitok.training.preflight import preflight
-from llamagen_unitok.training.recipes import Plan, Resolved, count_steps, describe, resolve
+from llamagen_unitok.training.recipes import Plan, Resolved, count_steps, describe, differences, resolve
 from llamagen_unitok.training.validation import held_out_count
 
 RUN_SETTINGS = (GeneratorTraining, LoopConfig)
@@ -82,7 +82,7 @@ def run(flags: argparse.Namespace, resolved: Resolved, training: GeneratorTraini
     with processes(flags.device) as world:
         report = preflight(
             training, loop, out=flags.out, resume=flags.resume, world=world, tokenizer=flags.preview, names=names,
-            thorough=flags.check,
+            recipe=resolved.recipe and f"{resolved.recipe}, {differences(resolved)}", thorough=flags.check,
         )  # fmt: skip
         if world.is_main:
             print(report, file=sys.stdout if flags.check else sys.stderr)

@@ -2,8 +2,8 @@
 """Training speed: one step of the generator on random codes, and the depth head's share of it.
 
 python benchmarks/train.py --sizes nano,B --batches 4 --plain
-python benchmarks/train.py --sizes XXL --batches 16,32,64 --autocast bf16 --compile --plain
-A step is what train_gpt.py does on one device: forward, backward, clipped gradients, AdamW.
+python benchmarks/train.py --sizes XXL --batches 16,32,64 --precision bf16 --compile on --plain
+A step is what train_gpt.py does on one device, by the same functions: forward, backward, clipped gradients, AdamW.
 """
 
 from __future__ import annotations
@@ -28,31 +28,51 @@ from benchmarks.plain_step import PlainStep
 from benchmarks.report import machine, print_report, warn_if_busy
 from llamagen_unitok import GPT
 from llamagen_unitok.cross_entropy import cross_entropy
-from llamagen_unitok.pipeline import DTYPES
-from llamagen_unitok.runtime.distributed import pick_device
+from llamagen_unitok.runtime.distributed import PRECISIONS, World, pick_device, set_float32_products
 from llamagen_unitok.runtime.flags import Parser, add_flags, run_cli, settings_from
 from llamagen_unitok.runtime.memory import keep_freed_memory, peak_bytes
 from llamagen_unitok.runtime.optim import clip_gradients, decay_groups
+from llamagen_unitok.runtime.parallel import COMPILE, RECOMPUTE, ParallelModule, wrap_blocks
 from llamagen_unitok.training.flops import flops_per_image, peak_flops
+from llamagen_unitok.training.generator import GeneratorObjective
+from llamagen_unitok.training.loop import LoopConfig, forward_backward
 
-COLUMNS = {"size": "", "autocast": "", "batch": "d", "mode": "", "ms_per_step": ".1f", "spread": ".0%",
+COLUMNS = {"size": "", "precision": "", "batch": "d", "mode": "", "ms_per_step": ".1f", "spread": ".0%",
            "images_per_s": ".3g", "tokens_per_s": ".3g", "head_share": ".0%", "head_flops_share": ".0%",
            "head_of_matrix": ".0%", "tflops": ".3g", "of_matrix": ".0%", "mfu": ".1%", "peak_gb": ".2f",
            "speedup": ".2f"}  # fmt: skip
-AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative, of the loss
+AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative, of the loss
 
 
 @dataclass(frozen=True)
 class Settings:
     sizes: str = field(default="nano", metadata={"help": f"of {', '.join(SIZES)}, with commas between them"})
     batches: str = field(default="4", metadata={"help": "pictures a step"})
-    autocast: str = field(default="fp32", metadata={"help": f"number type of the products: {', '.join(DTYPES)}"})
-    compile: bool = field(default=False, metadata={"help": "torch.compile the blocks"})
+    precision: str = field(default="fp32", metadata={"help": "of products", "metavar": "|".join(PRECISIONS)})
+    accumulate: int = field(default=1, metadata={"help": "parts that a batch is computed in"})
+    checkpoint_activations: str = field(
+        default="none", metadata={"help": "what is computed again to save memory", "metavar": "|".join(RECOMPUTE)}
+    )
+    compile: str = field(default="off", metadata={"help": "torch.compile the blocks", "metavar": "|".join(COMPILE)})
     plain: bool = field(default=False, metadata={"help": "time the plainly written step beside it"})
     peak_tflops: float | None = field(default=None, metadata={"help": "what MFU is a share of; default by GPU name"})
     repeats: int = field(default=3, metadata={"help": "steps, of which the median counts"})
     threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves torch's choice"})
     device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
+
+    def trained(self) -> LoopConfig:
+        """The same settings as the trainer has them, which also checks them."""
+        return LoopConfig(
+            precision=self.precision,
+            accumulate=self.accumulate,
+            checkpoint_activations=self.checkpoint_activations,
+            compile=self.compile,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number type of the products."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
 class Batch(NamedTuple):
@@ -72,7 +92,9 @@ def main(argv: list[str] | None = None) -> int:
 def benchmark(settings: Settings) -> None:
     sizes = listed("--sizes", settings.sizes, SIZES)
     batches = listed("--batches", settings.batches, kind=int)
-    (autocast,) = listed("--autocast", settings.autocast, tuple(DTYPES))
+    loop = settings.trained()
+    if any(batch % loop.accumulate for batch in batches):
+        raise ValueError(f"--accumulate {loop.accumulate} does not divide all of --batches {settings.batches}")
     if min(batches) < 1 or settings.repeats < 1:
         raise ValueError("--batches and --repeats must be at least 1")
     if settings.peak_tflops is not None and settings.peak_tflops <= 0:
@@ -84,19 +106,22 @@ def benchmark(settings: Settings) -> None:
         keep_freed_memory()
     facts = machine(device)
     warn_if_busy(facts, device)
-    dtype = DTYPES[autocast]
+    set_float32_products(loop.precision)
+    dtype = settings.dtype
     matrix = measure(device, dtype).matrix
-    print(f"{autocast}: matrix product {matrix / 1e9:.0f} GFLOP/s")
+    print(f"{loop.precision}: matrix product {matrix / 1e9:.0f} GFLOP/s")
     rows = []
     for size in sizes:
         gpt = random_generator(size, device, torch.float32).train().requires_grad_(True)
         if settings.plain:
             check_agreement(gpt, dtype)
-        if settings.compile:
-            for block in (*gpt.layers, *gpt.output.layers):
-                block.forward = torch.compile(block.forward)
+        compiled = loop.compile == "on" or (loop.compile == "auto" and device.type == "cuda")
+        wrap_blocks(GeneratorObjective(gpt, 0.0).blocks(), loop.checkpoint_activations, compiled)
         for batch in batches:
-            rows += [{"size": size, "autocast": autocast, **row} for row in measure_batch(gpt, batch, settings, matrix)]
+            rows += [
+                {"size": size, "precision": loop.precision, **row}
+                for row in measure_batch(gpt, batch, settings, matrix)
+            ]
     print_report(facts, rows, COLUMNS)
 
 
@@ -126,32 +151,38 @@ def check_agreement(gpt: GPT, dtype: torch.dtype) -> None:
         raise ValueError(f"the plain step and ours disagree on the loss: {plain} and {ours}")
 
 
-def our_step(gpt: GPT, dtype: torch.dtype) -> Callable[[Tensor, Tensor], None]:
+def our_step(gpt: GPT, settings: Settings) -> Callable[[Tensor, Tensor], None]:
+    loop = settings.trained()
+    objective = GeneratorObjective(gpt, class_dropout=0.1)
+    world = World(0, 1, gpt.norm.weight.device)
+    model = ParallelModule(objective, world, bf16=loop.precision == "bf16", blocks=objective.blocks())
     parameters = list(gpt.parameters())
-    fused = parameters[0].device.type == "cuda"
-    optimizer = torch.optim.AdamW(decay_groups(gpt, weight_decay=0.05), lr=1e-4, fused=fused)
+    fused = world.device.type == "cuda"
+    optimizer = torch.optim.AdamW(decay_groups(objective, loop.weight_decay), lr=1e-4, fused=fused)
 
     def step(labels: Tensor, codes: Tensor) -> None:
-        with autocasting(gpt, dtype):
-            loss = gpt(labels, codes, return_loss=True)
-        loss.backward()
-        clip_gradients(parameters, 1.0)
+        forward_backward(model, (labels, codes, torch.rand(len(labels))), loop.accumulate)
+        clip_gradients(parameters, loop.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step
 
 
-MODES: dict[str, Callable[[GPT, torch.dtype], Callable[[Tensor, Tensor], object]]] = {
+def plain_step(gpt: GPT, settings: Settings) -> Callable[[Tensor, Tensor], float]:
+    return PlainStep(gpt, settings.dtype)
+
+
+MODES: dict[str, Callable[[GPT, Settings], Callable[[Tensor, Tensor], object]]] = {
     "ours": our_step,
-    "plain": PlainStep,
+    "plain": plain_step,
 }
 
 
 def measure_batch(gpt: GPT, count: int, settings: Settings, matrix: float) -> list[dict]:
     """A row for each mode, timed in turns; only its name for one that does not fit. Ours has the depth head's forward
     and backward alone beside it."""
-    config, device, dtype = gpt.config, gpt.norm.weight.device, DTYPES[settings.autocast]
+    config, device, dtype = gpt.config, gpt.norm.weight.device, settings.dtype
     batch = random_batch(gpt, count)
     hidden = torch.randn(count, config.num_positions, config.width, device=device, requires_grad=True)
 
@@ -170,7 +201,7 @@ def measure_batch(gpt: GPT, count: int, settings: Settings, matrix: float) -> li
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         try:
-            step = MODES[mode](gpt, dtype)
+            step = MODES[mode](gpt, settings)
             step(*batch)
         except torch.OutOfMemoryError:
             print(f"batch {count}, {mode}: out of memory", file=sys.stderr)

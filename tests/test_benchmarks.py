@@ -5,14 +5,17 @@ import json
 import pytest
 import torch
 
+from benchmarks import ceilings
 from benchmarks import decode as decode_benchmark
 from benchmarks import loader as loader_benchmark
 from benchmarks import tokenizer as tokenizer_benchmark
 from benchmarks import train as train_benchmark
 from benchmarks.ceilings import Ceilings, floor_seconds
+from benchmarks.decode import Settings
 from benchmarks.plain_step import PlainStep
 from benchmarks.published_loop import PublishedLoop, pick
 from llamagen_unitok import GPTConfig
+from llamagen_unitok.sampling import draws
 from llamagen_unitok.sampling.filters import filter_logits
 from tests.tiny_generator import GROUPED, random_batch, tiny_gpt
 
@@ -63,13 +66,77 @@ def test_decoding_is_timed_against_the_published_loop(capsys, monkeypatch, tmp_p
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+QUICK = "--sizes nano --batches 1 --device cpu"
+
+
+@pytest.mark.parametrize("engine", ["eager", "packed", "graph", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_any_number_of_rounds_over_spread_positions_can_be_timed(engine, capsys, monkeypatch):
+    monkeypatch.setattr(decode_benchmark, "measure", lambda device, dtype: Ceilings(1e10, 1e11))
+    arguments = f"{QUICK} --engines {engine} --positions 24 --repeats 3"
+    assert decode_benchmark.main(arguments.split()) == 0
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert row["positions"] == 24 and row["ms_per_position"] > 0 and row["kernels"] > 20
+
+
+def test_each_position_is_timed_where_it_is_in_the_sequence():
+    gpt = decode_benchmark.random_generator("nano", torch.device("cpu"), torch.float32)
+    with torch.inference_mode():
+        mode = decode_benchmark.engine_mode(Settings(), gpt, 1, 1.0, "graph")
+        engine = mode.position.__self__
+        for p in (5, 250, 40):
+            decode_benchmark.timed(mode, p, torch.device("cpu"))
+            assert engine.buffers.position.item() == p + 1
+            assert engine.codes[0, p].any()
+
+
 def test_modes_that_disagree_are_not_timed(monkeypatch):
     gpt = decode_benchmark.random_generator("nano", torch.device("cpu"), torch.float32)
-    decode_benchmark.check_agreement(gpt, ["eager", "packed"], baseline=True)
+    settings = Settings(baseline=True)
+    decode_benchmark.check_agreement(gpt, ["eager", "packed", "graph"], settings)
     step = PublishedLoop.step
-    monkeypatch.setattr(PublishedLoop, "step", lambda self, p, force=None: 1.01 * step(self, p, force))
-    with pytest.raises(ValueError, match="published and eager disagree"):
-        decode_benchmark.check_agreement(gpt, ["eager"], baseline=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(PublishedLoop, "step", lambda self, p, force=None: 1.01 * step(self, p, force))
+        with pytest.raises(ValueError, match="published and eager disagree"):
+            decode_benchmark.check_agreement(gpt, ["eager"], settings)
+    # What is timed draws by itself: there too the engines must agree.
+    monkeypatch.setattr(draws, "choose_on_cpu", lambda logits, *_: logits.argmin(-1))
+    with pytest.raises(ValueError, match="graph and packed draw different codes"):
+        decode_benchmark.check_agreement(gpt, ["packed", "graph"], Settings())
+
+
+def test_a_mode_that_lacks_memory_is_a_row_without_figures_and_the_others_are_printed_as_they_come(capsys, monkeypatch):
+    real = decode_benchmark.engine_mode
+
+    def full(settings, gpt, batch, scale, name):
+        if batch == 2 and name == "eager":
+            raise torch.OutOfMemoryError
+        return real(settings, gpt, batch, scale, name)
+
+    monkeypatch.setattr(decode_benchmark, "measure", lambda device, dtype: Ceilings(1e10, 1e11))
+    monkeypatch.setattr(decode_benchmark, "engine_mode", full)
+    arguments = "--sizes nano --batches 1,2 --engines eager,packed --positions 1 --repeats 1 --device cpu"
+    assert decode_benchmark.main(arguments.split()) == 0
+    said = capsys.readouterr()
+    rows = json.loads(said.out.splitlines()[-1])["rows"]
+    assert [(row["batch"], row["mode"], "ms_per_position" in row) for row in rows] == [
+        (1, "eager", True), (1, "packed", True), (2, "eager", False), (2, "packed", True)
+    ]  # fmt: skip
+    assert "nano batch 2 cfg 1, fp32 eager: out of memory" in said.err
+    assert sum(line.startswith("| nano") for line in said.out.splitlines()) == 4
+
+
+def test_bandwidth_is_that_of_the_fastest_way_to_read(monkeypatch):
+    took = iter([4.0] * ceilings.REPEATS + [2.0, 8.0] * 1000)
+    monkeypatch.setattr(ceilings, "seconds", lambda work, device: work() is None or next(took))
+    assert ceilings._bandwidth(torch.device("cpu"), torch.float32, 1 << 20) == (1 << 20) / 2.0
+
+
+def test_weights_that_a_cache_holds_are_named():
+    config = GPTConfig.preset("B")
+    assert ceilings.in_cache(config, 4, 32 << 20) is None
+    assert "depth head" in ceilings.in_cache(config, 4, 260 << 20)
+    assert "all weights" in ceilings.in_cache(config, 2, 260 << 20)
+    assert ceilings.in_cache(config, 2, None) is None
 
 
 @pytest.mark.parametrize(
@@ -79,6 +146,10 @@ def test_modes_that_disagree_are_not_timed(monkeypatch):
         (["--engines", "warp"], "--engines warp"),
         (["--batches", "x"], "--batches x"),
         (["--batches", "0"], "--batches"),
+        (["--cfg", "nan"], "--cfg"),
+        (["--threads", "-1"], "--threads"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--top-p", "0"], "--top-p"),
         (["--plot", "a.txt"], "--plot a.txt must end in .png"),
     ],
 )
@@ -131,6 +202,41 @@ def test_training_is_timed_against_the_plain_step(capsys, monkeypatch):
         assert row["images_per_s"] == pytest.approx(row["batch"] / row["ms_per_step"] * 1e3, rel=1e-3)
         assert row["tokens_per_s"] == pytest.approx(row["images_per_s"] * 256 * 8, rel=1e-3)
         assert row["mfu"] == pytest.approx(row["tflops"] / 2, rel=1e-3)
+
+
+def test_the_step_that_is_timed_is_the_one_that_trains(monkeypatch):
+    calls = []
+
+    def noted(name):
+        real = getattr(train_benchmark, name)
+
+        def call(*args, **options):
+            calls.append((name, *[a for a in args if isinstance(a, (int, str))], *options.values()))
+            return real(*args, **options)
+
+        monkeypatch.setattr(train_benchmark, name, call)
+
+    for name in ("forward_backward", "wrap_blocks", "clip_gradients", "set_float32_products"):
+        noted(name)
+    monkeypatch.setattr(train_benchmark, "measure", lambda device, dtype: Ceilings(1e10, 1e11))
+    flags = "--batches 2 --repeats 1 --accumulate 2 --checkpoint-activations full --device cpu"
+    assert train_benchmark.main(flags.split()) == 0
+    assert ("wrap_blocks", "full", False) in calls and ("set_float32_products", "fp32") in calls
+    assert calls.count(("forward_backward", 2)) == 2 and calls.count(("clip_gradients",)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--precision fp16", "--precision must be one of bf16, tf32, fp32"),
+        ("--batches 3 --accumulate 2", "--accumulate 2 does not divide all of --batches 3"),
+        ("--compile maybe", "--compile must be one of auto, on, off"),
+    ],
+)
+def test_wrong_flags_of_the_training_benchmark_end_in_one_line(arguments, message, capsys):
+    assert train_benchmark.main(arguments.split()) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
 
 
 def test_a_mode_that_does_not_fit_is_a_row_without_figures(capsys, monkeypatch):

@@ -100,6 +100,30 @@ def test_a_check_without_a_tokenizer_takes_the_one_that_the_codes_name(codes, bu
     assert "made by another tokenizer" in refused(capsys, check(codes))
 
 
+def test_a_start_without_a_tokenizer_looks_at_the_one_that_the_codes_name(codes, bundle, tmp_path, capsys):
+    tokenizer = Path(shutil.copytree(bundle / "tokenizer", tmp_path / "tokenizer"))
+    write_meta(codes, replace(read_meta(codes), tokenizer=str(tokenizer)))
+    assert check(codes, mode=None) == 0 and "made these codes" in capsys.readouterr().err
+    assert (codes.parent / "run" / "preflight.png").is_file()
+    tiny_tokenizer(seed=1).save_pretrained(tokenizer)
+    assert check(codes, mode=None) == 0 and "made by another tokenizer" in capsys.readouterr().err
+    tiny_tokenizer(num_codebooks=2, codebook_size=16).save_pretrained(tokenizer)  # or a folder of that name elsewhere
+    assert check(codes, mode=None) == 0
+    assert "!  what the codes call their tokenizer is another one now" in capsys.readouterr().err
+    assert "is another one now" in refused(capsys, check(codes))
+
+
+def test_the_screen_tells_the_recipe_and_how_the_run_is_computed(codes, capsys):
+    flags = ["--recipe", "llamagen", "--accumulate", 2, "--compile", "off", "--dropout", 0.05]
+    flags += ["--checkpoint-activations", "selective"]
+    assert check(codes, *flags) == 0
+    screen = " ".join(capsys.readouterr().out.split())
+    for part in ("recipe llamagen, differing in: ", "batch_size 4 instead of 256", "dropout 0.05 instead of 0.1",
+                 "dropout 0.05, of classes 0.1", "in 2 parts; parallel auto, compile off",
+                 "recomputed activations selective"):  # fmt: skip
+        assert part in screen, part
+
+
 def test_a_tokenizer_of_other_shape_is_refused(codes, tmp_path, capsys):
     other = tiny_tokenizer(num_codebooks=2, codebook_size=16).save_pretrained(tmp_path / "other")
     error = refused(capsys, check(codes, "--preview", other, mode=None))

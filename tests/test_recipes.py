@@ -5,12 +5,14 @@ import json
 
 import pytest
 
+from llamagen_unitok.training.dry_run import IMAGENET as IMAGENET_CODES
 from llamagen_unitok.training.generator import GeneratorTraining
 from llamagen_unitok.training.loop import LoopConfig
 from llamagen_unitok.training.recipes import RECIPES, Plan, count_steps, describe, resolve
 
 SETTINGS = (GeneratorTraining, LoopConfig)
 IMAGENET = 1_281_167
+FIXED = ("unitok-cfgfree", 1)  # the recipe of a depth head says how deep it is
 
 
 def resolved(pictures: int = IMAGENET, views: int = 10, **given):
@@ -70,6 +72,8 @@ def test_epochs_become_steps_without_a_recipe():
         ('{"lr": "fast"}', "lr must be float, not 'fast'"),
         ('{"batch_size": 2.5}', "batch_size must be int, not 2.5"),
         ('{"steps": true}', "steps must be int, not True"),
+        ('{"steps": 5, "epochs": 2}', "sets steps and epochs, which say the same"),
+        ('{"warmup_steps": 5, "warmup_share": 0.1}', "sets warmup_steps and warmup_share, which say the same"),
         ("[1]", "must hold one JSON object"),
         ("{", "is not valid JSON"),
     ],
@@ -106,3 +110,12 @@ def test_contradictions_are_refused(given, message):
 def test_a_plan_checks_its_numbers(changes):
     with pytest.raises(ValueError, match="--"):
         Plan(**changes)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("codebooks", [1, 8])
+def test_every_recipe_makes_a_generator_of_codes_with_one_codebook_or_several(recipe, codebooks):
+    meta = dataclasses.replace(IMAGENET_CODES, num_codebooks=codebooks)
+    training = resolved(recipe=recipe, codes="codes", **({"depth_layers": 0} if (recipe, codebooks) == FIXED else {}))
+    config = training.take(GeneratorTraining).architecture_for(meta)
+    assert config.depth_layers == (4 if codebooks > 1 else 0)

@@ -59,6 +59,7 @@ def preflight(
     world: World,
     tokenizer: str | Path | None = None,
     names: ClassNames | None = None,
+    recipe: str | None = None,
     thorough: bool = False,
 ) -> Report:
     """Check a run of train_generator before it starts; seconds, or all bytes of the shards if `thorough`.
@@ -66,14 +67,15 @@ def preflight(
     Always: shapes of the shards; random codes and all labels within their ranges; K, V and grid of `tokenizer` and of
     the generator that --init names; class names and their order; free disk for the checkpoints. With a tokenizer (path
     or hub id), random codes are decoded into OUT/preflight.png, each under the name of its class.
-    tokenizer: a thorough check without one takes the folder that the codes say they come from, if it is there.
-    names: what the labels should mean. Every process of `world` must call this; the main one does the work.
+    tokenizer: default the folder that the codes say they come from, if it is there; that it is another is a doubt then.
+    names: what the labels should mean.   recipe: what is said of it.
+    Every process of `world` must call this; the main one does the work.
     Raises ValueError, in one line, for what cannot be meant; another tokenizer's hash, and an --init with other class
     names, are doubts.
     """
 
     def inspect() -> Report:
-        return _inspect(settings, loop, out, resume, world, tokenizer, names, thorough)
+        return _inspect(settings, loop, out, resume, world, tokenizer, names, recipe, thorough)
 
     return world.share_outcome(inspect)
 
@@ -86,6 +88,7 @@ def _inspect(
     world: World,
     tokenizer: str | Path | None,
     names: ClassNames | None,
+    recipe: str | None,
     thorough: bool,
 ) -> Report:
     shards = CodeShards(settings.codes)
@@ -106,11 +109,19 @@ def _inspect(
     if thorough:
         shards.verify()
         facts["checksums"] = f"all {len(shards.paths)} shards are whole"
-    if tokenizer is None and thorough and Path(meta.tokenizer).is_dir():
-        tokenizer = meta.tokenizer
+    folder = None
     if tokenizer is not None:
         folder = locate(tokenizer)
         _check_shapes(f"tokenizer {tokenizer}", read_tokenizer_config(folder), meta)
+    elif Path(meta.tokenizer).is_dir():
+        tokenizer = meta.tokenizer
+        try:
+            found = locate(tokenizer)
+            _check_shapes(f"tokenizer {tokenizer}", read_tokenizer_config(found), meta)
+            folder = found
+        except ValueError as error:
+            doubts.append(f"what the codes call their tokenizer is another one now: {error}")
+    if folder is not None:
         made_them = content_hash(tokenizer_folder(folder)) == meta.tokenizer_hash
         if not made_them:
             doubts.append(
@@ -121,11 +132,18 @@ def _inspect(
     epochs = loop.steps * loop.batch_size / len(shards)
     facts["run"] = (
         f"{out}: steps {step:,} to {loop.steps:,} of {loop.batch_size:,} pictures, {epochs:.4g} epochs; lr {loop.lr:g} "
-        f"{loop.lr_schedule}, {loop.warmup_steps:,} steps of warm-up; {loop.precision}"
+        f"{loop.lr_schedule}, {loop.warmup_steps:,} steps of warm-up; {loop.precision}; dropout {settings.dropout:g}, "
+        f"of classes {settings.class_dropout:g}"
     )
-    facts["processes"] = f"{world.size} × {_device_name(world.device)}, {share:,} pictures a step each"
+    if recipe is not None:
+        facts["recipe"] = recipe
+    facts["processes"] = (
+        f"{world.size} × {_device_name(world.device)}, {share:,} pictures a step each"
+        f"{f' in {loop.accumulate} parts' if loop.accumulate > 1 else ''}; parallel {loop.parallel}, compile "
+        f"{loop.compile}, recomputed activations {loop.checkpoint_activations}"
+    )
     facts["disk"] = _disk_fact(config, loop, out)
-    if tokenizer is not None:
+    if folder is not None:
         _draw(shards, load_tokenizer(folder).to(world.device), out, world.device, loop.seed)
         facts["tokenizer"] = f"{tokenizer}{': made these codes' if made_them else ''}; {out / PICTURE_NAME} shows some"
     return Report(facts, doubts)

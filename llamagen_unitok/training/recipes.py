@@ -128,6 +128,9 @@ def resolve(flags: dict[str, Any], given: Iterable[str], settings: Iterable[type
     if values["recipe"] is None:
         return Resolved(values, None, None, {})
     recipe = read_recipe(values["recipe"])
+    for pair in _EITHER:
+        if recipe.values.keys() >= set(pair):
+            raise ValueError(f"recipe {values['recipe']} sets {pair[0]} and {pair[1]}, which say the same: keep one")
     unknown = sorted(recipe.values.keys() - defaults.keys() | recipe.values.keys() & {"recipe"})
     if unknown:
         raise ValueError(f"recipe {values['recipe']} has unknown settings {unknown}: known are {sorted(defaults)}")
@@ -165,13 +168,17 @@ def describe(resolved: Resolved, width: int = 118) -> str:
     settings = ", ".join(f"{name} {_shown(value)}" for name, value in resolved.values.items() if value is not None)
     lines = [textwrap.fill(settings, width, initial_indent="settings: ", subsequent_indent="  ")]
     if resolved.recipe:
-        differs = ", ".join(
-            f"{name} {_shown(ours)} instead of {_shown(theirs)}" for name, (theirs, ours) in resolved.differs.items()
-        )
-        head = f"recipe {resolved.recipe} ({resolved.source}), "
-        head += f"differing in: {differs}" if differs else "followed in every setting"
-        lines.append(textwrap.fill(head, width, subsequent_indent="  "))
+        line = f"recipe {resolved.recipe} ({resolved.source}), {differences(resolved)}"
+        lines.append(textwrap.fill(line, width, subsequent_indent="  "))
     return "\n".join(lines)
+
+
+def differences(resolved: Resolved) -> str:
+    """What a run does otherwise than its recipe, in words."""
+    differs = ", ".join(
+        f"{name} {_shown(ours)} instead of {_shown(theirs)}" for name, (theirs, ours) in resolved.differs.items()
+    )
+    return f"differing in: {differs}" if differs else "followed in every setting"
 
 
 def _shown(value: Any) -> str:
