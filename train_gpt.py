@@ -24,10 +24,17 @@ from llamagen_unitok.training.recipes import Plan, Resolved, count_steps, descri
 from llamagen_unitok.training.validation import held_out_count
 
 RUN_SETTINGS = (GeneratorTraining, LoopConfig)
+USUAL = {
+    "out", "resume", "device", "preview", "export", "check", "dry_run", "gpus", "recipe", "epochs", "codes", "model",
+    "class_dropout", "held_out", "validate_every", "init", "steps", "batch_size", "lr", "warmup_steps", "ema",
+    "precision", "accumulate", "parallel", "checkpoint_activations", "seed", "save_every",
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser("Train a generator on codes; OUT/generator holds it, OUT/checkpoints what --resume needs.")
+    parser = Parser(
+        "Train a generator on codes; OUT/generator holds it, OUT/checkpoints what --resume needs.", usual=USUAL
+    )
     add_run_flags(parser, out_required=False)
     parser.add_argument("--preview", metavar="TOKENIZER", help="draw pictures with this tokenizer at each checkpoint")
     parser.add_argument(

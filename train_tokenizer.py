@@ -14,9 +14,17 @@ from llamagen_unitok.training.loop import LoopConfig
 from llamagen_unitok.training.tokenizer import TokenizerTraining, train_tokenizer
 from tokenizer import PRESETS
 
+USUAL = {
+    "preset", "img_size", "codebooks", "codebook_size", "out", "resume", "device", "images", "init", "freeze_encoder",
+    "crop_scale", "flip", "restart_every", "steps", "batch_size", "lr", "warmup_steps", "ema", "precision",
+    "accumulate", "seed", "save_every",
+}  # fmt: skip
+
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser("Train a UniTok tokenizer; OUT/tokenizer holds it, OUT/checkpoints what --resume needs.")
+    parser = Parser(
+        "Train a UniTok tokenizer; OUT/tokenizer holds it, OUT/checkpoints what --resume needs.", usual=USUAL
+    )
     parser.add_argument("--preset", required=True, choices=sorted(PRESETS), help="size of the tokenizer")
     parser.add_argument("--img-size", type=int, metavar="N", help="pixels along a side, if not the preset's")
     parser.add_argument("--codebooks", type=int, metavar="K", help="codebooks, if not the preset's")

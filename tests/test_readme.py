@@ -19,7 +19,7 @@ def test_every_flag_of_a_readme_command_exists(command, capsys):
     mode = [words[0], "X"] if words and words[0] in ("--reconstruct", "--diagnose") else []
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     with pytest.raises(SystemExit) as exit_:
-        module.main([*mode, "--help"])
+        module.main([*mode, "--help-all" if hasattr(module, "USUAL") else "--help"])
     known = capsys.readouterr().out
     assert exit_.value.code == 0
     missing = [flag for flag in re.findall(r"(--[a-z][\w-]*)", command) if not re.search(rf"{flag}\b", known)]

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 import train_gpt
+import train_tokenizer
 from llamagen_unitok import pipeline
 from llamagen_unitok.runtime.flags import Parser
 from llamagen_unitok.training import data, flops, loop
@@ -276,3 +277,36 @@ def test_every_other_flag_of_the_script_is_read():
     tree = ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
     read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "flags"}
     assert others and others == read & others
+
+
+@pytest.mark.parametrize("script", [train_gpt, train_tokenizer])
+def test_help_fits_a_screen_and_all_of_it_is_there_too(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    screens = []
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as ended:
+            script.main([flag])
+        assert ended.value.code == 0
+        screens.append(capsys.readouterr().out)
+    usual, whole = screens
+    assert len(usual.splitlines()) <= 45 and max(map(len, usual.splitlines())) <= 120
+    assert all(f"--{name.replace('_', '-')} " in usual for name in ("batch_size", "lr", "precision", "resume"))
+    assert "--beta1" not in usual and all(
+        f"--{f.name.replace('_', '-')} " in whole for f in dataclasses.fields(LoopConfig) if f.name != "async_save"
+    )
+    with pytest.raises(SystemExit):
+        script.main(["--betta1", "2"])
+    assert "(--help-all lists the flags)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [train_gpt, train_tokenizer])
+def test_usual_flags_are_flags(script):
+    seen = []
+
+    def stop(self, _argv):
+        seen.extend(action.dest for action in self._actions)
+        raise SystemExit
+
+    with mock.patch.object(Parser, "parse_args", stop), pytest.raises(SystemExit):
+        script.main([])
+    assert script.USUAL <= set(seen)

@@ -12,7 +12,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -29,13 +29,39 @@ _METAVARS = {int: "N", float: "X", Path: "DIR"}
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose errors are one line, and whose help fits a screen."""
+    """ArgumentParser whose errors are one line, and whose help fits a screen.
 
-    def __init__(self, description: str, **options: Any):
+    usual: destinations of the flags that --help tells of, where all would not fit; --help-all tells of all then.
+    """
+
+    def __init__(self, description: str, *, usual: Collection[str] | None = None, **options: Any):
         super().__init__(description=description, formatter_class=_compact_help, allow_abbrev=False, **options)
+        self.usual = usual
+        if usual is not None:
+            self.add_argument("--help-all", dest="help", action=_HelpAll, nargs=0, help="tell of all flags and exit")
+
+    def format_help(self) -> str:
+        hidden = {} if self.usual is None else {a: a.help for a in self._actions if a.dest not in {*self.usual, "help"}}
+        for action in hidden:
+            action.help = argparse.SUPPRESS
+        try:
+            return super().format_help()
+        finally:
+            for action, text in hidden.items():
+                action.help = text
 
     def error(self, message: str) -> NoReturn:
-        self.exit(WRONG_INPUT, f"{self.prog}: {message} (--help lists the flags)\n")
+        self.exit(
+            WRONG_INPUT,
+            f"{self.prog}: {message} ({'--help' if self.usual is None else '--help-all'} lists the flags)\n",
+        )
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        parser.usual = None
+        parser.print_help()
+        parser.exit()
 
 
 def _compact_help(prog: str) -> argparse.HelpFormatter:
