@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.ceilings import Ceilings, floor_seconds, measure, seconds, synchronize
+from benchmarks.ceilings import Ceilings, floor_seconds, in_cache, last_level_cache, measure, seconds, synchronize
+from benchmarks.kernel_count import count_kernels
 from benchmarks.published_loop import PublishedLoop
-from benchmarks.report import machine, print_report, warn_if_busy
+from benchmarks.report import machine, print_header, print_json, print_row, warn_if_busy
 from llamagen_unitok import GPT, GPTConfig
 from llamagen_unitok.config import PRESETS
 from llamagen_unitok.layers import RMSNorm
@@ -33,7 +34,7 @@ from llamagen_unitok.runtime.distributed import pick_device
 from llamagen_unitok.runtime.files import check_writable_file, replacing
 from llamagen_unitok.runtime.flags import Parser, add_flags, run_cli, settings_from
 from llamagen_unitok.runtime.memory import peak_bytes
-from llamagen_unitok.sampling import ENGINES, decode
+from llamagen_unitok.sampling import ENGINES, SamplingConfig, decode
 from llamagen_unitok.sampling.draws import Draw
 from llamagen_unitok.sampling.engines import engine_class
 from llamagen_unitok.sampling.kept import Kept
@@ -94,8 +95,12 @@ def benchmark(settings: Settings) -> None:
     scales = listed("--cfg", settings.cfg, kind=float)
     dtypes = listed("--dtypes", settings.dtypes, tuple(DTYPES))
     engines = listed("--engines", settings.engines, ("auto", *ENGINES))
-    if min(batches) < 1 or settings.positions < 0 or settings.repeats < 1:
-        raise ValueError("--batches and --repeats must be at least 1, --positions at least 0")
+    if min(batches) < 1 or settings.repeats < 1 or min(settings.positions, settings.threads) < 0:
+        raise ValueError("--batches and --repeats must be at least 1, --positions and --threads at least 0")
+    for scale in scales:
+        SamplingConfig(
+            cfg_scale=scale, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
+        )  # which checks them
     if settings.plot:
         check_writable_file("--plot", settings.plot, (".png",))
     if settings.threads:
@@ -108,19 +113,26 @@ def benchmark(settings: Settings) -> None:
     for dtype, (bandwidth, matrix) in ceilings.items():
         print(f"{dtype}: matrix-vector {bandwidth / 1e9:.1f} GB/s, matrix product {matrix / 1e9:.0f} GFLOP/s")
 
-    rows = []
+    cache = last_level_cache() if device.type == "cpu" else None
+    rows: list[dict] = []
     for size in sizes:
         gpts = {dtype: random_generator(size, device, DTYPES[dtype]) for dtype in dtypes}
-        for gpt in gpts.values():
-            check_agreement(gpt, engines, baseline=settings.baseline)
+        config = gpts[dtypes[0]].config
+        for dtype, gpt in gpts.items():
+            check_agreement(gpt, engines, settings)
+            cached = in_cache(config, DTYPES[dtype].itemsize, cache)
+            if cached:
+                print(f"{size} {dtype}: {cached} can stay in the last-level cache, so the floor is not one there")
+        print_header(COLUMNS)
         for batch in batches:
             for scale in scales:
-                rows += compare(settings, size, gpts, batch, scale, engines, ceilings)
-    if len(positions_of(settings, gpts[dtypes[0]].config)) < gpts[dtypes[0]].config.num_positions:
-        print(
-            f"timed {settings.positions} positions spread over the sequence; images/s and first image from their mean"
-        )
-    print_report(facts, rows, COLUMNS)
+                for row in compare(settings, size, gpts, batch, scale, engines, ceilings):
+                    print_row(row, COLUMNS)
+                    rows.append(row)
+    if len(positions_of(settings, config)) < config.num_positions:
+        print(f"timed {settings.positions} positions spread over the sequence; the rest follows from their mean")
+    print(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}, {facts['code']}")
+    print_json(facts, rows)
     if settings.plot:
         plot(settings.plot, rows, facts)
 
@@ -143,29 +155,37 @@ def labels_for(gpt: GPT, batch: int) -> Tensor:
     return torch.arange(batch, device=gpt.norm.weight.device) % gpt.config.num_classes
 
 
-def check_agreement(gpt: GPT, engines: list[str], *, baseline: bool) -> None:
-    """ValueError unless all modes give the same logits for the same codes: what follows times equal work."""
+def check_agreement(gpt: GPT, engines: list[str], settings: Settings) -> None:
+    """ValueError unless all modes give the same logits for the same codes and, in float32, all engines draw the same
+    codes from the same noise: what follows times equal work."""
     labels = labels_for(gpt, 2)
     shape = (2, CHECKED_POSITIONS, gpt.config.num_codebooks)
     codes = torch.randint(gpt.config.codebook_size, shape, device=labels.device)
+    scales = [1.5] * CHECKED_POSITIONS
     seen: dict[str, list[Tensor]] = {}
+    drawn: dict[str, Tensor] = {}
     for engine in engines:
 
         def forced(logits: Tensor, position: int | Tensor, k: int, engine: str = engine) -> Tensor:
             seen.setdefault(engine, []).append(logits.clone())
             return codes[:, len(seen[engine][k :: shape[2]]) - 1, k]
 
-        decode(gpt, labels, forced, [1.5] * CHECKED_POSITIONS, engine=engine)
-    if baseline:
+        decode(gpt, labels, forced, scales, engine=engine)
+        drawn[engine] = decode(gpt, labels, draw_for(settings, gpt, 2), scales, engine=engine)
+    if settings.baseline:
         with torch.inference_mode():
             loop = PublishedLoop(gpt, labels, scale=1.5)
             logits = [loop.step(p, force=codes[:, p]) for p in range(CHECKED_POSITIONS)]
             seen["published"] = list(torch.cat(logits, dim=1).unbind(1))
+    dtype, (reference, *_) = gpt.norm.weight.dtype, engines
     first, *others = (torch.stack(logits).float() for logits in seen.values())
     for name, other in zip(list(seen)[1:], others, strict=True):
         off = ((first - other).abs().max() / first.abs().max()).item()
-        if not off <= AGREEMENT[gpt.norm.weight.dtype]:
-            raise ValueError(f"{name} and {next(iter(seen))} disagree by {off:.1e} of the largest logit")
+        if not off <= AGREEMENT[dtype]:
+            raise ValueError(f"{name} and {reference} disagree by {off:.1e} of the largest logit")
+    for name, other in drawn.items():
+        if dtype == torch.float32 and not torch.equal(other, drawn[reference]):
+            raise ValueError(f"{name} and {reference} draw different codes from the same noise")
 
 
 def positions_of(settings: Settings, config: GPTConfig) -> list[int]:
@@ -185,78 +205,119 @@ def compare(
     """One row per dtype and mode, timed in turns."""
     config, device = next(iter(gpts.values())).config, next(iter(gpts.values())).norm.weight.device
     positions = positions_of(settings, config)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    modes: dict[tuple[str, str], Callable[[int], object]] = {}
-    first: dict[tuple[str, str], float] = {}
+    modes: dict[tuple[str, str], Mode] = {}
+    label = f"{size} batch {batch} cfg {scale:g}"
+    named = {
+        (dtype, mode): {"size": size, "dtype": dtype, "batch": batch, "cfg": scale, "mode": mode}
+        for dtype in gpts
+        for mode in (*engines, *(["published"] if settings.baseline else []))
+    }
+
+    def drop(name: tuple[str, str]) -> None:
+        modes.pop(name, None)
+        print(f"{label}, {' '.join(name)}: out of memory", file=sys.stderr)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
     with torch.inference_mode():
-        for dtype, gpt in gpts.items():
-            makers = {engine: engine_step for engine in engines}
-            if settings.baseline:
-                makers["published"] = published_step
-            for mode, make in makers.items():
-                started = time.perf_counter()
-                step = make(settings, gpt, batch, scale, mode)
-                step(0)
+        for name, row in named.items():
+            started, taken = time.perf_counter(), held_bytes(device)
+            try:
+                mode = modes[name] = (published_mode if name[1] == "published" else engine_mode)(
+                    settings, gpts[name[0]], batch, scale, name[1]
+                )
+                mode.seek(0)
+                mode.position(0)
                 synchronize(device)
-                first[dtype, mode] = time.perf_counter() - started
-                modes[dtype, mode] = step
+            except torch.OutOfMemoryError:
+                drop(name)
+                continue
+            row["first_image_s"] = time.perf_counter() - started
+            # Other modes are there too: what this one added, and the weights.
+            weights = sum(parameter.nbytes for parameter in gpts[name[0]].parameters())
+            added = peak_bytes(device) - taken + weights if device.type == "cuda" else peak_bytes(device)
+            row["peak_gb"] = added / 1e9
         times: dict[tuple[str, str], list[list[float]]] = {name: [] for name in modes}
-        label = f"{size} batch {batch} cfg {scale:g}"
         for _ in tqdm(range(settings.repeats + 1), desc=label, unit="round", leave=False):
-            for name, step in modes.items():
-                times[name].append([seconds(lambda p=p, step=step: step(p), device) for p in positions])
-    rows = []
-    for (dtype, mode), rounds in times.items():
-        rounds = rounds[1:]  # the first one warms up
+            for name, mode in list(modes.items()):
+                try:
+                    times[name].append([timed(mode, p, device) for p in positions])
+                except torch.OutOfMemoryError:
+                    drop(name)
+    for (dtype, name), mode in modes.items():
+        row, rounds = named[dtype, name], times[dtype, name][1:]  # the first one warms up
         per_position = statistics.mean(map(statistics.median, zip(*rounds, strict=True)))
         totals = [statistics.mean(one) for one in rounds]
         sequences = batch * (1 if scale == 1 else 2)
         floor = floor_seconds(config, sequences, positions, DTYPES[dtype].itemsize, ceilings[dtype])
-        rows.append(
-            {
-                "size": size,
-                "dtype": dtype,
-                "batch": batch,
-                "cfg": scale,
-                "mode": mode,
-                "positions": len(positions),
-                "ms_per_position": 1e3 * per_position,
-                "spread": (max(totals) - min(totals)) / per_position,
-                "images_per_s": batch / (config.num_positions * per_position),
-                "first_image_s": first[dtype, mode] + (config.num_positions - 1) * per_position,
-                "peak_gb": peak_bytes(device) / 1e9,
-                "floor_ms": 1e3 * floor,
-                "of_floor": floor / per_position,
-                "kernels": kernels(modes[dtype, mode], positions[-1]) if device.type == "cuda" else None,
-            }
-        )
+        row |= {
+            "positions": len(positions),
+            "ms_per_position": 1e3 * per_position,
+            "spread": (max(totals) - min(totals)) / per_position,
+            "images_per_s": batch / (config.num_positions * per_position),
+            "first_image_s": row["first_image_s"] + (config.num_positions - 1) * per_position,
+            "floor_ms": 1e3 * floor,
+            "of_floor": floor / per_position,
+            "kernels": kernels(mode, positions[-1], device),
+        }
+    rows = list(named.values())
     for row in rows:
         for key, dtype in (("speedup", row["dtype"]), ("over_fp32", "fp32")):
             for base in rows:
-                if base["mode"] == "published" and base["dtype"] == dtype:
+                timed_both = "ms_per_position" in base and "ms_per_position" in row
+                if timed_both and base["mode"] == "published" and base["dtype"] == dtype:
                     row[key] = base["ms_per_position"] / row["ms_per_position"]
     return rows
 
 
-def engine_step(settings: Settings, gpt: GPT, batch: int, scale: float, name: str) -> Callable[[int], object]:
-    """An engine, set up; p → position p."""
-    labels, config = labels_for(gpt, batch), gpt.config
-    uniforms = torch.rand(batch, config.num_positions, config.num_codebooks).to(labels.device)
-    draw = Draw(uniforms, settings.temperature, settings.top_k, settings.top_p)
-    run = Run(labels, (scale,) * config.num_positions, draw)
-    return engine_class(name, labels.device.type)(gpt, run, Kept()).position
+@dataclass(frozen=True)
+class Mode:
+    """One way to decode, set up. seek: p → p is next.   position: p → runs it."""
+
+    seek: Callable[[int], object]
+    position: Callable[[int], object]
 
 
-def published_step(settings: Settings, gpt: GPT, batch: int, scale: float, name: str) -> Callable[[int], object]:
+def engine_mode(settings: Settings, gpt: GPT, batch: int, scale: float, name: str) -> Mode:
+    labels = labels_for(gpt, batch)
+    run = Run(labels, (scale,) * gpt.config.num_positions, draw_for(settings, gpt, batch))
+    engine = engine_class(name, labels.device.type)(gpt, run, Kept())
+    return Mode(engine.seek, engine.position)
+
+
+def published_mode(settings: Settings, gpt: GPT, batch: int, scale: float, name: str) -> Mode:
     filters = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
-    return PublishedLoop(gpt, labels_for(gpt, batch), scale=scale, **filters).step
+    return Mode(lambda p: None, PublishedLoop(gpt, labels_for(gpt, batch), scale=scale, **filters).step)
 
 
-def kernels(step: Callable[[int], object], position: int) -> int:
-    """Kernels that a CUDA device runs for one position."""
-    with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step(position)
+def draw_for(settings: Settings, gpt: GPT, batch: int) -> Draw:
+    """The settings' draw, from noise that is the same for every mode."""
+    generator = torch.Generator().manual_seed(0)
+    uniforms = torch.rand(batch, gpt.config.num_positions, gpt.config.num_codebooks, generator=generator)
+    return Draw(uniforms.to(gpt.norm.weight.device), settings.temperature, settings.top_k, settings.top_p)
+
+
+def timed(mode: Mode, position: int, device: torch.device) -> float:
+    mode.seek(position)
+    return seconds(lambda: mode.position(position), device)
+
+
+def held_bytes(device: torch.device) -> int:
+    """Memory in use on a CUDA device, whose peak is counted from here on; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+@torch.inference_mode()
+def kernels(mode: Mode, position: int, device: torch.device) -> int:
+    """Kernels that a CUDA device runs for a position; on a CPU, tensor operations that write (see kernel_count.py)."""
+    mode.seek(position)
+    if device.type != "cuda":
+        return count_kernels(lambda: mode.position(position)).total()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        mode.position(position)
         torch.cuda.synchronize()
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
@@ -269,6 +330,8 @@ def plot(path: Path, rows: list[dict], facts: dict) -> None:
     axes = figure.add_subplot()
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
+        if "ms_per_position" not in row:
+            continue
         name = f"{row['size']} {row['dtype']} cfg {row['cfg']:g}"
         lines.setdefault(f"{name} {row['mode']}", []).append((row["batch"], row["images_per_s"]))
         lines.setdefault(f"{name} floor", []).append((row["batch"], row["images_per_s"] / row["of_floor"]))

@@ -35,7 +35,8 @@ class Kernels(TorchDispatchMode):
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    # Weights in oneDNN's layouts have no storage, and no views.
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
 
 
 def count_kernels(work: Callable[[], object]) -> Counter[str]:

@@ -14,6 +14,7 @@ import torch
 
 from llamagen_unitok.evaluation.provenance import code_version, command_line
 
+COLUMN_WIDTH = 7  # at least, of a table whose rows are printed as they come
 BUSY_LOAD = 0.3  # load average above which a CPU figure is not worth much
 
 
@@ -50,12 +51,33 @@ def print_report(facts: dict[str, Any], rows: list[dict[str, Any]], columns: dic
     columns: key of a row → format of its value; a key that a row lacks prints as a dash.
     """
     print(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}, {facts['code']}")
-    table = [list(columns), *([_cell(row.get(key), spec) for key, spec in columns.items()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    table.insert(1, ["-" * width for width in widths])
-    for line in table:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+    cells = [[_cell(row.get(key), spec) for key, spec in columns.items()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(list(columns), *cells, strict=True)]
+    print_header(columns, widths)
+    for row in cells:
+        _print_line(row, widths)
+    print_json(facts, rows)
+
+
+def print_header(columns: dict[str, str], widths: list[int] | None = None) -> None:
+    """The two lines that a Markdown table begins with."""
+    widths = [max(len(name), COLUMN_WIDTH) for name in columns] if widths is None else widths
+    _print_line(list(columns), widths)
+    _print_line(["-" * width for width in widths], widths)
+
+
+def print_row(row: dict[str, Any], columns: dict[str, str]) -> None:
+    """One row below a header, as soon as it is known."""
+    widths = [max(len(name), COLUMN_WIDTH) for name in columns]
+    _print_line([_cell(row.get(key), spec) for key, spec in columns.items()], widths)
+
+
+def print_json(facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     print(json.dumps({**facts, "rows": [{key: _rounded(value) for key, value in row.items()} for row in rows]}))
+
+
+def _print_line(cells: list[str], widths: list[int]) -> None:
+    print("| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |", flush=True)
 
 
 def _rounded(value: Any) -> Any:
