@@ -15,8 +15,8 @@ from scipy.spatial.distance import jensenshannon
 
 from llamagen_unitok.evaluation import nearest
 from llamagen_unitok.evaluation.diagnostics import DiagnosisSettings, diagnose, draw_samples, measure_likelihoods
+from llamagen_unitok.evaluation.images import seeded_subset
 from llamagen_unitok.evaluation.nearest import nearest_by_codes, nearest_by_features, retrieved
-from llamagen_unitok.evaluation.pictures import seeded_subset
 from llamagen_unitok.runtime.flags import Parser, add_flags, settings_from
 from llamagen_unitok.sampling import SamplingConfig, generate
 from llamagen_unitok.training.data import CodeMeta, CodeShards, write_meta, write_shard

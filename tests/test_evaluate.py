@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 from pathlib import Path
 
@@ -14,16 +15,16 @@ import torch
 from PIL import Image
 
 import evaluate
-from llamagen_unitok.evaluation import extractors, references
-from llamagen_unitok.evaluation.extractors import EXTRACTORS, make_extractor
-from llamagen_unitok.evaluation.features import collect_features
+from llamagen_unitok.evaluation import images, references
+from llamagen_unitok.evaluation.extractors import EXTRACTORS
 from llamagen_unitok.evaluation.figures import BiasedFigureWarning, evaluate_samples
 from llamagen_unitok.evaluation.images import open_images
 from llamagen_unitok.evaluation.metrics import METRICS
 from llamagen_unitok.evaluation.npz import write_npz
 from llamagen_unitok.evaluation.provenance import as_array
-from llamagen_unitok.evaluation.references import make_reference
-from tests.tiny_extractor import NamelessExtractor, TinyExtractor, pictures
+from modelfolder import file_hash
+from tests.tiny_extractor import NamelessExtractor, TinyExtractor, pictures, write_folder
+from tokenizer.images import adm_centre_crop
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore::llamagen_unitok.evaluation.figures.BiasedFigureWarning")
@@ -47,14 +48,6 @@ def sets(tmp_path):
 def tiny(monkeypatch):
     """TinyExtractor in the place of Inception, for the script."""
     monkeypatch.setitem(EXTRACTORS, "inception", TinyExtractor)
-
-
-def write_folder(folder: Path, pixels: np.ndarray) -> Path:
-    for i, one in enumerate(pixels):
-        file = folder / f"{i // 10:03d}" / f"{i:05d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(one).save(file)
-    return folder
 
 
 def run(*arguments) -> int:
@@ -89,6 +82,38 @@ def test_a_content_hash_changes_with_every_pixel_and_name(tmp_path):
         return open_images(folder).content_hash
 
     assert hash_of("same") == hash_of() and len({hash_of(), hash_of("pixel"), hash_of("name")}) == 3
+
+
+def test_hidden_files_are_no_pictures_and_an_array_of_any_name_is_cropped_as_a_folder_is(tmp_path):
+    pixels = pictures(9, size=12)
+    folder = write_folder(tmp_path / "folder", pixels)
+    (folder / "000" / "._00000.png").write_bytes(b"what a Mac leaves beside each file")
+    np.savez(tmp_path / "named.npz", images=pixels)
+    sources = [open_images(path, crop=6) for path in (folder, tmp_path / "named.npz")]
+    for source in sources:
+        assert (source.count, source.size) == (9, (6, 6))
+        cropped = np.concatenate(list(source.batches(4)))
+        wanted = [np.asarray(adm_centre_crop(Image.fromarray(one), 6)) for one in pixels]
+        np.testing.assert_array_equal(cropped, wanted)
+        np.testing.assert_array_equal(np.concatenate(list(source.chosen([0, 3, 4, 8], 3))), cropped[[0, 3, 4, 8]])
+    assert [source.name_of(8) for source in sources] == ["000/00008.png", "images[8]"]
+
+
+def test_the_next_batch_of_a_folder_is_read_while_one_is_used(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "folder", pictures(6))
+    second_batch_read = threading.Event()
+    load = images.load_rgb
+
+    def watched(file):
+        picture = load(file)
+        if file.name == "00003.png":
+            second_batch_read.set()
+        return picture
+
+    monkeypatch.setattr(images, "load_rgb", watched)
+    batches = open_images(folder).batches(2)
+    next(batches)
+    assert second_batch_read.wait(timeout=30)
 
 
 # Figures
@@ -195,6 +220,7 @@ import json, sys
 import numpy as np
 from llamagen_unitok.evaluation.figures import evaluate_samples
 from llamagen_unitok.runtime.distributed import processes
+from modelfolder import file_hash
 from tests.tiny_extractor import TinyExtractor
 samples, real, out = sys.argv[1:]
 with processes("cpu") as world:
@@ -242,79 +268,6 @@ def test_processes_share_the_work_and_get_the_same_figures(sets, tmp_path):
         assert two[name] == (pytest.approx(value, rel=1e-10, abs=1e-12) if isinstance(value, float) else value), name
 
 
-# References
-
-
-def test_a_made_reference_has_adms_layout_and_gives_the_same_figures(sets, tmp_path):
-    samples, real = sets
-    folder = write_folder(tmp_path / "folder", pictures(40, seed=1))
-    extractor = TinyExtractor()
-    make_reference(folder, tmp_path / "adm.npz", extractor, batch_size=16, progress=False)
-    with np.load(tmp_path / "adm.npz") as made:
-        np.testing.assert_array_equal(made["arr_0"], pictures(40, seed=1))
-        features = extractor(pictures(40, seed=1))
-        np.testing.assert_allclose(made["mu"], features.pool.mean(axis=0), rtol=1e-6)
-        np.testing.assert_allclose(made["sigma"], np.cov(features.pool.astype(np.float64), rowvar=False), rtol=1e-9)
-        np.testing.assert_allclose(
-            made["sigma_s"], np.cov(features.spatial.astype(np.float64), rowvar=False), rtol=1e-9
-        )
-    figures = [
-        evaluate_samples(samples, path, extractor, progress=False) for path in (tmp_path / "adm.npz", real, folder)
-    ]
-    for name in ("FID", "sFID", "IS", "precision", "recall", "KID"):
-        assert figures[0][name] == pytest.approx(figures[1][name], rel=1e-9) == figures[2][name], name
-
-
-def test_adms_statistics_are_used_for_inception_only(sets, tmp_path):
-    """A file whose mu and sigma are of other pictures than its arr_0, as in ADM's 256 batch."""
-    samples, _ = sets
-    everything = collect_features(open_images(samples), TinyExtractor(), ("pool", "spatial"), batch_size=16)
-    arrays = {"arr_0": pictures(12, seed=1), **references.adm_statistics(everything)}
-    write_npz(tmp_path / "adm.npz", arrays)
-    extractor = TinyExtractor()
-    result = evaluate_samples(samples, tmp_path / "adm.npz", extractor, progress=False)
-    assert result["FID"] == pytest.approx(0, abs=1e-6) and result["sFID"] == pytest.approx(0, abs=1e-6)
-    assert (result["num_reference"], result["num_reference_rows"]) == (None, 12) and extractor.seen == 50 + 12
-    assert evaluate_samples(samples, tmp_path / "adm.npz", NamelessExtractor(), progress=False)["FD-nameless"] > 1
-    extractor = TinyExtractor()
-    evaluate_samples(samples, tmp_path / "adm.npz", extractor, metrics=["FID", "sFID"], progress=False)
-    assert extractor.seen == 50  # its pictures are not needed
-
-
-def test_a_file_of_statistics_alone_gives_what_it_can(sets, tmp_path):
-    samples, real = sets
-    everything = collect_features(open_images(real), TinyExtractor(), ("pool",), batch_size=16)
-    write_npz(tmp_path / "statistics.npz", references.adm_statistics(everything))
-    result = evaluate_samples(samples, tmp_path / "statistics.npz", TinyExtractor(), progress=False)
-    assert {name for name, value in result.items() if isinstance(value, float)} == {"FID", "IS", "IS_std"}
-    for metric in ("recall", "sFID"):
-        with pytest.raises(ValueError, match=r"statistics.npz holds no pictures, only Inception statistics"):
-            evaluate_samples(samples, tmp_path / "statistics.npz", TinyExtractor(), metrics=[metric], progress=False)
-
-
-def test_a_reference_made_with_other_weights_is_refused(sets, tmp_path):
-    samples, real = sets
-    other = TinyExtractor()
-    other.weights_hash = "8" * 64
-    make_reference(real, tmp_path / "adm.npz", other, batch_size=16, progress=False)
-    with pytest.raises(ValueError, match=r"adm.npz was made with other Inception weights \(88888888…\)"):
-        evaluate_samples(samples, tmp_path / "adm.npz", TinyExtractor(), progress=False)
-
-
-@pytest.mark.parametrize("kind", ["npz", "folder"])
-def test_a_large_reference_keeps_some_of_its_pictures(tmp_path, kind):
-    pixels = pictures(30)
-    source = tmp_path / "all.npz"
-    write_npz(source, {"arr_0": pixels}) if kind == "npz" else write_folder(source, pixels)
-    make_reference(source, tmp_path / "some.npz", TinyExtractor(), batch_size=8, most=11, progress=False)
-    kept = open_images(tmp_path / "some.npz")
-    assert kept.count == 11
-    numbers = np.flatnonzero(references.chosen_pictures(30, 11))
-    np.testing.assert_array_equal(np.concatenate(list(kept.batches(4))), pixels[numbers])
-    with np.load(tmp_path / "some.npz") as made:
-        np.testing.assert_allclose(made["mu"], TinyExtractor()(pixels).pool.mean(axis=0), rtol=1e-6)
-
-
 # The script
 
 
@@ -325,7 +278,9 @@ def test_the_script_prints_figures_and_writes_where_they_come_from(sets, tiny, t
     record = json.loads((tmp_path / "figures.json").read_text())
     expected = evaluate_samples(samples, real, TinyExtractor(), progress=False)
     assert record["figures"] == {name: value for name, value in expected.items() if isinstance(value, float)}
-    assert record["samples"] == {"name": "samples.npz", "count": 50, "size": [8, 8], "record": {"seed": 3}}
+    assert record["samples"] == {
+        "name": "samples.npz", "hash": file_hash(samples), "count": 50, "size": [8, 8], "record": {"seed": 3}
+    }  # fmt: skip
     assert record["reference"] == {"name": "real.npz", "hash": open_images(real).content_hash, "count": 40, "rows": 40}
     assert record["extractor"] == {"name": "tiny", "weights_hash": "7" * 64, "width": 6}
     assert record["code_version"] and "command" in record
@@ -368,7 +323,7 @@ def test_every_bad_input_is_one_clear_line(sets, tiny, tmp_path, capsys, monkeyp
     np.savez(bad, a=pictures(5), b=pictures(5))
     assert "several (a, b)" in refusal(capsys, bad, *against)
     np.savez(bad, arr_0=pictures(20, size=16))
-    assert "pictures of 16×16 pixels, but" in refusal(capsys, bad, *against)
+    assert "real.npz has pictures of 8×8 pixels, the samples of 16×16" in refusal(capsys, bad, *against)
     assert "is not there" in refusal(capsys, tmp_path / "none.npz", *against)
     assert "is not there" in refusal(capsys, samples, "--reference", tmp_path / "none")
     assert "--reference are needed" in refusal(capsys, samples)
@@ -395,9 +350,6 @@ def test_every_bad_input_is_one_clear_line(sets, tiny, tmp_path, capsys, monkeyp
     assert "the features of picture 1 are not finite" in refusal(capsys, samples, *against, "--batch-size", 99)
 
 
-# Extractors
-
-
 def test_missing_inception_weights_without_network_name_the_file_and_the_place(sets, monkeypatch, tmp_path, capsys):
     def no_network(*arguments, **options):
         raise urllib.error.URLError("no network")
@@ -417,163 +369,6 @@ def test_wrong_inception_weights_are_refused(sets, tmp_path, capsys):
     torch.save({"a": torch.ones(1)}, weights)
     assert "is not the published weights-inception-2015-12-05-6726825d.pth" in refusal(capsys, *against)
     assert "goes with --features inception" in refusal(capsys, *against, "--features", "efficientnet-lite0")
-
-
-def test_a_pickle_that_runs_code_is_not_run(tmp_path, monkeypatch):
-    class Runs:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    torch.save(Runs(), tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"weights.pth cannot be read as weights"):
-        make_extractor("inception", tmp_path / "weights.pth", check_hash=False)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_the_table_names_networks_that_torch_fidelity_has():
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-
-    assert set(EXTRACTORS) - {"inception", "efficientnet-lite0"} <= set(FEATURE_EXTRACTORS_REGISTRY)
-    with pytest.raises(ValueError, match="no extractor 'resnet': choose from inception, efficientnet-lite0, vgg16"):
-        make_extractor("resnet")
-
-
-def test_another_network_of_torch_fidelity_goes_through_the_same_table(monkeypatch):
-    import torch_fidelity.feature_extractor_vgg16 as module
-
-    class SmallVGG(torch.nn.Module):
-        def __init__(self, **options):
-            super().__init__()
-            torch.manual_seed(0)
-            first, second, last = torch.nn.Linear(3, 16), torch.nn.Linear(16, 12), torch.nn.Linear(12, 4)
-            rest = torch.nn.ReLU(), torch.nn.Dropout()
-            self.classifier = torch.nn.Sequential(first, *rest, second, *rest, last)
-
-        def forward(self, x):
-            return self.classifier(x.mean(dim=(2, 3)))
-
-    monkeypatch.setattr(module, "torchvision_load_pretrained_vgg16", SmallVGG)
-    extractor = make_extractor("vgg16")
-    features = extractor(pictures(2))
-    assert (extractor.name, extractor.frechet_name, extractor.width) == ("vgg16", "FD-vgg16", 12)
-    assert features.pool.shape == (2, 12) and features.logits is features.spatial is None
-    assert extractor.weights_hash == make_extractor("vgg16").weights_hash and len(extractor.weights_hash) == 64
-    with pytest.raises(ValueError, match="takes no file of weights"):
-        make_extractor("vgg16", Path("weights.pth"))
-
-
-def test_efficientnet_gives_its_own_figures_offline(tmp_path, capsys):
-    random = np.random.default_rng(0)
-    for name in ("samples", "real"):
-        write_npz(tmp_path / f"{name}.npz", {"arr_0": random.integers(0, 256, (11, 16, 16, 3), dtype=np.uint8)})
-    arguments = (tmp_path / "samples.npz", "--reference", tmp_path / "real.npz", "--features", "efficientnet-lite0")
-    assert run(*arguments, "--json", tmp_path / "figures.json", "--device", "cpu") == 0
-    record = json.loads((tmp_path / "figures.json").read_text())
-    assert {"FD-EfficientNet", "IS-EfficientNet"} <= set(record["figures"])
-    assert not {"FID", "sFID", "IS", "KID"} & set(record["figures"])
-    assert "FD-EfficientNet of 11 samples is biased upwards" in capsys.readouterr().err
-    extractor = make_extractor("efficientnet-lite0")
-    pixels = random.integers(0, 256, (2, 128, 128, 3), dtype=np.uint8)
-    features = extractor(pixels)
-    picture = Image.fromarray(pixels[1]).resize((224, 224), Image.Resampling.BICUBIC)
-    image = torch.from_numpy(np.asarray(picture).copy()).float().permute(2, 0, 1)[None] / 255
-    with torch.no_grad():
-        logits = extractor._network((image - 0.5) / 0.5)
-    np.testing.assert_allclose(features.logits[1], logits[0].numpy(), rtol=1e-3, atol=1e-4)
-
-
-@pytest.fixture(scope="module")
-def inception_weights(tmp_path_factory) -> Path:
-    """Seeded random weights of torch-fidelity's Inception, scaled so that signals neither die nor grow."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **o: {})
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], verbose=False)
-    torch.manual_seed(0)
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight)
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.normal_(module.bias, std=0.1)
-    torch.nn.init.normal_(network.fc.weight, std=1)
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save(network.state_dict(), path)
-    return path
-
-
-class AsTensors(torch.utils.data.Dataset):
-    """Pictures for torch-fidelity: uint8 (3, H, W)."""
-
-    def __init__(self, pixels):
-        self.pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-
-    def __len__(self):
-        return len(self.pixels)
-
-    def __getitem__(self, i):
-        return self.pixels[i]
-
-
-def fidelity_and_ours(weights: Path, folder: Path, metrics: list[str], **asked) -> tuple[dict, dict]:
-    """Figures of 16 samples against 14 real pictures, by torch-fidelity and by us."""
-    from torch_fidelity import calculate_metrics
-
-    sets = [pictures(n, seed, size=20) for n, seed in ((16, 8), (14, 9))]
-    for name, pixels in zip(("samples", "real"), sets, strict=True):
-        write_npz(folder / f"{name}.npz", {"arr_0": pixels})
-    theirs = calculate_metrics(
-        input1=AsTensors(sets[0]), input2=AsTensors(sets[1]), feature_extractor_weights_path=str(weights), cuda=False,
-        feature_extractor="inception-v3-compat", batch_size=8, kid_subset_size=14, verbose=False, cache=False,
-        save_cpu_ram=True, **asked,
-    )  # fmt: skip
-    extractor = make_extractor("inception", weights, check_hash=False)
-    ours = evaluate_samples(
-        folder / "samples.npz", folder / "real.npz", extractor, metrics=metrics, batch_size=8, progress=False
-    )
-    return theirs, ours
-
-
-def check_all_but_fid(theirs: dict, ours: dict) -> None:
-    assert ours["IS"] - 1 == pytest.approx(theirs["inception_score_mean"] - 1, rel=1e-5)
-    # the network does tell pictures apart; splits of one picture score 1, so the mean is little more
-    assert ours["IS"] > 1 + 5e-4 and ours["precision"] > 0 and ours["recall"] > 0
-    # float32 kernels on their side
-    assert ours["KID"] == pytest.approx(theirs["kernel_inception_distance_mean"], abs=1e-6)
-    for name in ("precision", "recall"):
-        assert ours[name] == pytest.approx(theirs[name], abs=1e-6)  # their mean is float32
-
-
-def test_inception_figures_equal_torch_fidelity(inception_weights, tmp_path):
-    metrics = ["IS", "KID", "precision-recall"]
-    check_all_but_fid(*fidelity_and_ours(inception_weights, tmp_path, metrics, isc=True, kid=True, prc=True))
-
-
-@pytest.mark.slow
-def test_fid_and_all_other_figures_equal_torch_fidelity(inception_weights, tmp_path):
-    theirs, ours = fidelity_and_ours(inception_weights, tmp_path, list(METRICS), isc=True, kid=True, prc=True, fid=True)
-    check_all_but_fid(theirs, ours)
-    assert ours["FID"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
-    assert ours["sFID"] > 0
-
-
-def test_spatial_features_are_seven_channels_of_mixed_6_channels_last(inception_weights):
-    """The branch computed by hand, from its input: convolution, batch norm, ReLU."""
-    extractor = make_extractor("inception", inception_weights, check_hash=False)
-    inputs = []
-    branch = extractor._network.Mixed_6d.branch1x1
-    branch.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
-    features = extractor(pictures(2))
-    assert features.pool.shape == (2, 2048) and features.logits.shape == (2, 1008)
-    assert features.spatial.shape == (2, 2023)
-    x = torch.einsum("oi,bihw->bhwo", branch.conv.weight[:7, :, 0, 0], inputs[0])
-    norm = branch.bn
-    x = (x - norm.running_mean[:7]) / (norm.running_var[:7] + norm.eps).sqrt() * norm.weight[:7] + norm.bias[:7]
-    np.testing.assert_allclose(features.spatial, x.clamp_min(0).flatten(1).numpy(), rtol=1e-3, atol=1e-4)
-    assert extractor.weights_hash == extractors.file_hash(inception_weights)
-    weight = extractor._network.fc.weight.numpy()
-    np.testing.assert_allclose(features.logits, features.pool @ weight.T, rtol=1e-3, atol=1e-4)
 
 
 LARGE_RUN = """

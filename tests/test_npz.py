@@ -58,3 +58,50 @@ def test_damaged_files_and_missing_arrays_are_named(tmp_path):
     for name in ("cut.npz", "pickled.npz", "none.npz"):
         with pytest.raises(ValueError, match=name):
             NpzReader(tmp_path / name)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@given(place=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255), length=st.integers(1, 30))
+@settings(deadline=None, max_examples=150)
+def test_whatever_is_damaged_is_told_with_the_name_of_the_file(tmp_path_factory, save, place, byte, length):
+    folder = tmp_path_factory.mktemp("npz")
+    save(folder / "a.npz", arr_0=PIXELS, mu=np.ones(3))
+    data = bytearray((folder / "a.npz").read_bytes())
+    start = int(place * len(data))
+    data[start : start + length] = bytes([byte]) * len(data[start : start + length])
+    (folder / "a.npz").write_bytes(data)
+    try:
+        reader = NpzReader(folder / "a.npz")
+        for name in reader.shapes:
+            reader.read(name)
+    except ValueError as error:
+        assert "a.npz" in str(error) and "\n" not in str(error)
+
+
+def test_an_unclosed_header_a_broken_stream_and_an_unknown_compression_are_told(tmp_path):
+    """What numpy's tokenizer, zlib and zipfile raise by themselves is no ValueError."""
+    path = tmp_path / "a.npz"
+    np.savez(path, arr_0=PIXELS)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"(10, 4, 5, 3)", b"(10, 4, 5, 3(", 1))
+    with pytest.raises(ValueError, match=r"a\.npz cannot be read"):
+        NpzReader(path)
+    directory = bytearray(whole)
+    directory[whole.rindex(b"PK\x01\x02") + 10] = 99
+    path.write_bytes(directory)
+    with pytest.raises(ValueError, match=r"a\.npz cannot be read"):
+        NpzReader(path)
+    np.savez_compressed(path, arr_0=np.random.default_rng(0).integers(0, 9, 100_000))
+    packed = bytearray(path.read_bytes())
+    packed[len(packed) // 2 : len(packed) // 2 + 200] = b"\xff" * 200
+    path.write_bytes(packed)
+    with pytest.raises(ValueError, match=r"a\.npz cannot be read"):
+        NpzReader(path).read("arr_0")
+
+
+def test_an_error_of_whoever_takes_the_batches_is_not_blamed_on_the_file(tmp_path):
+    write_npz(tmp_path / "a.npz", {"arr_0": PIXELS})
+    batches = NpzReader(tmp_path / "a.npz").batches("arr_0", 2)
+    next(batches)
+    with pytest.raises(RuntimeError, match="mine"):
+        batches.throw(RuntimeError("mine"))

@@ -1,5 +1,6 @@
 """Figures of a tokenizer: equal to direct formulas, whatever the batch size and the source; bad input is named."""
 
+import hashlib
 import json
 import math
 
@@ -14,9 +15,10 @@ from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 
 from llamagen_unitok.evaluation.codebooks import count_codes, jensen_shannon_bits, perplexity, usage
+from llamagen_unitok.evaluation.images import seeded_subset
 from llamagen_unitok.evaluation.picture_quality import LPIPS_TRUNKS, load_lpips, ssim
-from llamagen_unitok.evaluation.pictures import seeded_subset
 from llamagen_unitok.evaluation.reconstruction import (
+    ReconstructionDistance,
     ReconstructionSettings,
     error_map,
     reconstruct,
@@ -24,6 +26,7 @@ from llamagen_unitok.evaluation.reconstruction import (
 )
 from llamagen_unitok.runtime.flags import Parser, add_flags, settings_from
 from tests.conftest import tiny_tokenizer
+from tests.tiny_extractor import TinyExtractor
 from tokenizer.images import adm_centre_crop, to_uint8, to_unit
 
 SIDE, COUNT = 48, 7
@@ -171,6 +174,28 @@ def test_an_npz_gives_what_a_folder_gives(tmp_path, tokenizer, pictures, folder,
     assert figures[0]["pictures"] == (limit or COUNT) and figures[0]["subset_seed"] == (5 if limit else None)
 
 
+def test_figures_say_of_which_pixels_they_are(tokenizer, pictures, folder):
+    figures = [reconstruct(tokenizer, ReconstructionSettings(folder, limit=n, batch_size=n)) for n in (COUNT, 3)]
+    assert figures[0]["pixels_hash"] == hashlib.sha256(pictures.tobytes()).hexdigest() != figures[1]["pixels_hash"]
+
+
+def test_a_distance_of_few_pictures_is_warned_about_and_features_that_are_not_finite_are_refused(pictures):
+    distance = ReconstructionDistance(TinyExtractor())
+    distance(pictures[:3], pictures[3:6])
+    distance(pictures[3:6], pictures[:3])
+    (warning,) = distance.warnings()
+    assert "rFID of 6 pictures is biased upwards" in warning and distance.figures()["rFID"] > -1e-6
+    distance(pictures[:1], pictures[:1])
+    assert distance.warnings() == []
+
+    class Broken(TinyExtractor):
+        def __call__(self, pixels):
+            return super().__call__(pixels)._replace(pool=np.full((len(pixels), 6), np.nan, np.float32))
+
+    with pytest.raises(ValueError, match="originals: the features of picture 0 are not finite"):
+        ReconstructionDistance(Broken())(pictures[:2], pictures[:2])
+
+
 def test_subfolders_are_read_too(tmp_path, tokenizer, pictures, folder):
     for index, picture in enumerate(pictures):
         (tmp_path / str(index)).mkdir()
@@ -298,17 +323,17 @@ def test_bad_input_is_one_clear_line(tmp_path, tokenizer, pictures):
     Image.fromarray(pictures[0]).save(tmp_path / "broken" / "good.png")
     (tmp_path / "broken" / "bad.png").write_bytes(b"no picture")
     np.savez(tmp_path / "floats.npz", arr_0=pictures / 255)
-    np.savez(tmp_path / "other.npz", images=pictures)
+    np.savez(tmp_path / "other.npz", images=pictures, more=pictures)
     np.savez(tmp_path / "none.npz", arr_0=pictures[:0])
     (tmp_path / "file.txt").write_text("text")
     for name, message in {
-        "empty": r"--reconstruct .*empty holds no pictures",
+        "empty": r"empty holds no pictures",
         "broken": r"bad\.png cannot be read",
-        "floats.npz": r"floats\.npz: arr_0 is float64 .*uint8",
-        "none.npz": r"none\.npz: arr_0 is uint8 \(0,",
-        "other.npz": r"other\.npz has no array 'arr_0'",
-        "file.txt": r"file\.txt is neither",
-        "missing": r"missing is neither",
+        "floats.npz": r"floats\.npz: .*uint8.*arr_0 is float64",
+        "none.npz": r"none\.npz: .*arr_0 is uint8 \(0,",
+        "other.npz": r"other\.npz: .*several \(images, more\)",
+        "file.txt": r"file\.txt cannot be read as an \.npz file",
+        "missing": r"missing is not there",
     }.items():
         with pytest.raises(ValueError, match=message) as caught:
             reconstruct(tokenizer, ReconstructionSettings(tmp_path / name, batch_size=1))

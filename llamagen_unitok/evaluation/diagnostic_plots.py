@@ -1,26 +1,16 @@
 """Plots of a generator's diagnostics: heat maps of its likelihood, histograms of its codes and of their nearness.
 
-Drawn without a display; each returns a matplotlib figure, which `save_plot` writes.
+Each returns a matplotlib figure, which `plots.save_plot` writes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from llamagen_unitok.runtime.files import replacing
-
 PANELS_ACROSS = 4
-
-
-def save_plot(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, complete or not at all."""
-    with replacing(path) as file:
-        FigureCanvasAgg(figure).print_png(file)
 
 
 def plot_likelihood(bits: Mapping[str, np.ndarray], grid: int) -> Figure:

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from llamagen_unitok.config import GPTConfig, code_differences
 from llamagen_unitok.evaluation.codebooks import count_codes, jensen_shannon_bits, usage_figures
-from llamagen_unitok.evaluation.diagnostic_plots import plot_likelihood, plot_nearness, plot_usage, save_plot
+from llamagen_unitok.evaluation.diagnostic_plots import plot_likelihood, plot_nearness, plot_usage
+from llamagen_unitok.evaluation.images import seeded_subset
 from llamagen_unitok.evaluation.nearest import CodeMatches, nearest_by_codes, nearest_by_features
-from llamagen_unitok.evaluation.pictures import seeded_subset
+from llamagen_unitok.evaluation.plots import save_plot
 from llamagen_unitok.gpt import GPT
 from llamagen_unitok.grid import labelled_grid
 from llamagen_unitok.pipeline import ImageGenerator

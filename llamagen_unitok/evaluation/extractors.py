@@ -30,14 +30,17 @@ class Extractor(Protocol):
     """pixels uint8 (B, H, W, 3) → Features.
 
     name: its row in the table; frechet_name: what the distance of its features is called, FID for Inception alone;
-    width: numbers in a pooled feature; weights_hash: SHA-256, in hexadecimal, of the file of its weights, or of all its
-    parameters where a library keeps the file to itself.
+    width: numbers in a pooled feature; spatial_width: in a spatial one, None without such; has_logits: whether it
+    classifies; weights_hash: SHA-256, in hexadecimal, of the file of its weights, or of all its parameters where a
+    library keeps the file to itself.
     """
 
     name: str
     frechet_name: str
     weights_hash: str
     width: int
+    spatial_width: int | None
+    has_logits: bool
 
     def __call__(self, pixels: np.ndarray) -> Features: ...
 
@@ -50,6 +53,7 @@ class InceptionExtractor:
     """
 
     name, frechet_name, width = "inception", "FID", 2048
+    spatial_width, has_logits = _SPATIAL_CHANNELS * 17 * 17, True
 
     def __init__(self, weights: Path | None, device: torch.device | str, check_hash: bool = True) -> None:
         extractor_class = _torch_fidelity_class("inception-v3-compat")
@@ -73,6 +77,8 @@ class InceptionExtractor:
 
 class TorchFidelityExtractor:
     """Another network of torch-fidelity's, with its default features; weights by its own download."""
+
+    spatial_width, has_logits = None, False
 
     def __init__(self, name: str, weights: Path | None, device: torch.device | str, check_hash: bool = True) -> None:
         if weights:
@@ -101,6 +107,7 @@ class EfficientNetExtractor:
     """
 
     name, frechet_name, width = "efficientnet-lite0", "FD-EfficientNet", 1280
+    spatial_width, has_logits = None, True
 
     def __init__(
         self, weights: Path | None = None, device: torch.device | str = "cpu", check_hash: bool = True

@@ -56,7 +56,7 @@ class _Collector:
         count = len(features.pool)
         for name in self.needs:
             if given[name] is not None:
-                self._check(given[name])
+                check_finite(given[name], self.source.path, self.next)
         chosen = slice(None) if self.keep is None else self.keep[self.next : self.next + count]
         kept = len(features.pool[chosen])
         for name in self.needs:
@@ -71,13 +71,15 @@ class _Collector:
         self.next += count
         self.rows += kept
 
-    def _check(self, values: np.ndarray) -> None:
-        bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
-        if len(bad):
-            raise ValueError(
-                f"{self.source.path}: the features of picture {self.next + bad[0]} are not finite (NaN or infinite): "
-                "the extractor's weights are damaged, or its number type overflows"
-            )
+
+def check_finite(values: np.ndarray, source: object, first: int) -> None:
+    """ValueError, in one line, for features (B, E) that are not finite; `first`: the number of their first picture."""
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if len(bad):
+        raise ValueError(
+            f"{source}: the features of picture {first + bad[0]} are not finite (NaN or infinite): "
+            "the extractor's weights are damaged, or its number type overflows"
+        )
 
 
 def collect_features(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llamagen_unitok.evaluation.extractors import EXTRACTORS, Extractor, make_extractor
 from llamagen_unitok.evaluation.features import FeatureSet, collect_features
-from llamagen_unitok.evaluation.images import ImageSource, NpzImages, open_images, size_text
+from llamagen_unitok.evaluation.images import ImageSource, NpzImages, open_images
 from llamagen_unitok.evaluation.metrics import METRICS, Metric
+from llamagen_unitok.evaluation.metrics.frechet import rank_warnings
 from llamagen_unitok.evaluation.metrics.kid import SUBSET_ROWS
 from llamagen_unitok.evaluation.provenance import code_version, command_line, read_record
 from llamagen_unitok.evaluation.references import Reference
@@ -75,9 +76,43 @@ def figure_name(name: str, extractor: Extractor) -> str:
     return {"FID": "FD", "sFID": "sFD", "KID": "KD"}.get(stem, stem) + f"-{network}{spread}"
 
 
+def plan(
+    metrics: Sequence[str] | None, reference: Reference, extractor: Extractor, size: tuple[int, int], num_samples: int
+) -> dict[str, Metric]:
+    """What will be measured of `num_samples` pictures of `size` (H, W): the part of METRICS that was asked for.
+
+    metrics: names of METRICS, or of figures; None for all that the extractor and the reference allow.
+    Everything that can be wrong is found here, before the first picture is sampled or looked at.
+    ValueError, in one line, for names that are not there, and for what network, reference or count cannot give.
+    """
+    if metrics is None:
+        chosen = {
+            name: metric
+            for name, metric in METRICS.items()
+            if not _not_given(metric.of_samples, extractor)
+            and (reference.images is not None or "pool_rows" not in metric.of_reference)
+        }
+    else:
+        chosen = _named(metrics, extractor)
+        for metric in chosen.values():
+            if lacking := _not_given(metric.of_samples, extractor):
+                raise ValueError(f"--features {extractor.name} gives no {lacking[0]} features: choose other metrics")
+    for name, metric in chosen.items():
+        counts = {"samples": num_samples}
+        if metric.of_reference and reference.images is not None:
+            counts["pictures of the reference"] = reference.images.count
+        for what, count in counts.items():
+            if count < metric.least:
+                raise ValueError(f"{name} needs at least {metric.least} {what}, not {count}")
+    needs = {need for metric in chosen.values() for need in metric.of_reference}
+    # only Inception gives these, and its references have them
+    reference.check(extractor, needs if metrics is not None else needs - {"spatial"}, size)
+    return chosen
+
+
 def evaluate_samples(
     samples: str | Path,
-    reference: str | Path,
+    reference: str | Path | Reference,
     extractor: Extractor,
     *,
     metrics: Sequence[str] | None = None,
@@ -87,28 +122,27 @@ def evaluate_samples(
 ) -> dict[str, Any]:
     """Figures of samples (.npz or folder) against a reference (ADM's .npz, any .npz of pictures, a folder).
 
-    metrics: names of METRICS, or of figures; None for all that the extractor and the reference allow. Each picture goes
-    through the extractor once; the reference's features are cached. With several processes each takes a share of the
-    pictures and all get the result. Distances are computed on the world's device, else on a GPU where there is one.
+    metrics: see `plan`. Each picture goes through the extractor once; the reference's features are cached, and one that
+    is given opened is hashed once. With several processes each takes a share of the pictures and all get the result.
+    Distances are computed on the world's device, else on a GPU where there is one.
 
     Returns the figures by name (`figure_name`), and num_samples, num_reference (pictures behind the statistics, None
     where a file gave them and does not say), num_reference_rows (pictures for precision, recall and KID, None where
     they were not needed), reference_hash and warnings.
     Raises ValueError, in one line, for pictures that cannot be read or compared. Warns with BiasedFigureWarning.
     """
-    source, real = open_images(samples), Reference(reference)
-    if real.images and real.images.size != source.size:
-        raise ValueError(
-            f"{samples} has pictures of {size_text(source.size)} pixels, but {reference} of "
-            f"{size_text(real.images.size)}: compare pictures of one size"
-        )
-    chosen, asked = _chosen(metrics, extractor), metrics is not None
-    if not asked and real.images is None:
-        chosen = {name: metric for name, metric in chosen.items() if "pool_rows" not in metric.of_reference}
+    source = open_images(samples)
+    real = reference if isinstance(reference, Reference) else Reference(reference)
+
+    def planned() -> dict[str, Metric]:
+        return plan(metrics, real, extractor, source.size, source.count)
+
+    chosen = world.together(planned) if world else planned()
+    asked = metrics is not None
 
     reference_needs = {need for metric in chosen.values() for need in metric.of_reference}
     if not asked:
-        reference_needs -= {"spatial"}  # only Inception gives them, and its references have them
+        reference_needs -= {"spatial"}
     seen_real = None
     if reference_needs:
         seen_real = real.features(extractor, reference_needs, batch_size=batch_size, progress=progress, world=world)
@@ -124,7 +158,7 @@ def evaluate_samples(
     )
 
     def compute() -> dict[str, Any]:
-        return _figures(chosen, asked, seen, seen_real or FeatureSet(None), real, extractor, world)
+        return _figures(chosen, seen, seen_real or FeatureSet(None), real, extractor, world)
 
     result = world.share_outcome(compute) if world else compute()
     if world is None or world.is_main:
@@ -133,9 +167,13 @@ def evaluate_samples(
     return result
 
 
-def _chosen(names: Sequence[str] | None, extractor: Extractor) -> dict[str, Metric]:
-    if names is None:
-        return dict(METRICS)
+def _not_given(needs: Collection[str], extractor: Extractor) -> list[str]:
+    """The kinds of features among `needs` that a network lacks."""
+    has = {"spatial": extractor.spatial_width is not None, "logit_rows": extractor.has_logits}
+    return [need.partition("_")[0] for need in needs if not has.get(need, True)]
+
+
+def _named(names: Sequence[str], extractor: Extractor) -> dict[str, Metric]:
     by_name = {}
     for key, metric in METRICS.items():
         for name in (key, *metric.gives):
@@ -151,7 +189,6 @@ def _chosen(names: Sequence[str] | None, extractor: Extractor) -> dict[str, Metr
 
 def _figures(
     metrics: dict[str, Metric],
-    asked: bool,
     samples: FeatureSet,
     real: FeatureSet,
     reference: Reference,
@@ -160,11 +197,9 @@ def _figures(
 ) -> dict[str, Any]:
     device = world.device if world else pick_device()
     result: dict[str, Any] = {}
-    for name, metric in metrics.items():
+    for metric in metrics.values():
         lacking = [need for need in metric.of_samples if getattr(samples, need) is None]
         lacking += [need for need in metric.of_reference if getattr(real, need) is None]
-        if lacking and asked:
-            raise ValueError(f"{reference.path} cannot give {name}: it has no {', '.join(lacking)}")
         if not lacking:
             figures = metric.compute(samples, real, device)
             result |= {figure_name(key, extractor): value for key, value in figures.items()}
@@ -183,26 +218,21 @@ def _warnings(metrics: dict[str, Metric], samples: FeatureSet, real: FeatureSet,
     rows = min((len(one.pool_rows) for one in (samples, real) if one.pool_rows is not None), default=SUBSET_ROWS)
     if "KID" in metrics and rows < SUBSET_ROWS:
         texts.append(f"{figure_name('KID', extractor)} is over subsets of {rows:,} pictures, not {SUBSET_ROWS:,}")
-    if "FID" not in metrics:
-        return texts
-    for what, count in (("samples", samples.count), ("reference pictures", real.count)):
-        if count is not None and count <= extractor.width:
-            texts.append(
-                f"{extractor.frechet_name} of {count:,} {what} is biased upwards: a covariance of {extractor.width:,} "
-                f"features has rank {count - 1:,} at most, so spread that both sets have is missing from it. Compare "
-                "figures of equal counts only, and take 50,000 samples for a table"
-            )
+    if "FID" in metrics:
+        counts = {"samples": samples.count, "reference pictures": real.count}
+        texts += rank_warnings(extractor.frechet_name, extractor.width, counts)
     return texts
 
 
 def evaluation_record(result: dict[str, Any], samples: str | Path, reference: str | Path, extractor: Extractor) -> dict:
-    """`evaluate_samples`'s result with all that says where it comes from: what ``--json`` writes."""
+    """`evaluate_samples`'s result with all that says where it comes from: for ``--json``. Hashes the samples."""
     source: ImageSource = open_images(samples)
     about = ("num_samples", "num_reference", "num_reference_rows", "reference_hash", "warnings")
     return {
         "figures": {name: value for name, value in result.items() if name not in about},
         "samples": {
             "name": source.path.name,
+            "hash": source.content_hash,
             "count": result["num_samples"],
             "size": list(source.size),
             "record": read_record(source.path) if isinstance(source, NpzImages) else None,

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import io
+import lzma
 import math
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +20,23 @@ import numpy as np
 from llamagen_unitok.runtime.files import replacing
 
 _READ_BYTES = 1 << 22  # a zip member hands out at most this much at a time
+# What zipfile, its decompressors and numpy's parser of headers raise for files that are damaged or not .npz.
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    tokenize.TokenError,
+    struct.error,
+    ValueError,
+    TypeError,
+    LookupError,
+    SyntaxError,
+    ArithmeticError,
+    OSError,
+    EOFError,
+    RuntimeError,  # encrypted; NotImplementedError: a compression that is not known
+    MemoryError,  # a length that no file has
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +86,8 @@ def _write_npy(member: BinaryIO, name: str, stream: ArrayStream) -> None:
 class NpzReader:
     """The arrays of an .npz file: shapes and dtypes at once, contents when asked for.
 
-    Raises ValueError, naming the file, when it is no .npz file or ends too early. Never unpickles.
+    Raises ValueError, naming the file, when it is no .npz file, is damaged, or holds an array of another length than
+    its header says. Never unpickles.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -73,15 +96,16 @@ class NpzReader:
         self.dtypes: dict[str, np.dtype] = {}
         if not self.path.is_file():
             raise ValueError(f"{self.path} is not there")
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                for entry in archive.infolist():
-                    if entry.filename.endswith(".npy"):
-                        name = entry.filename.removesuffix(".npy")
-                        with archive.open(entry) as member:
-                            self.shapes[name], self.dtypes[name] = _read_header(member)
-        except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
-            raise self._damaged(error) from None
+        with self._explained(), zipfile.ZipFile(self.path) as archive:
+            for entry in archive.infolist():
+                if entry.filename.endswith(".npy"):
+                    name = entry.filename.removesuffix(".npy")
+                    with archive.open(entry) as member:
+                        shape, dtype = _read_header(member)
+                        expected = member.tell() + math.prod(shape) * dtype.itemsize
+                    if expected != entry.file_size:
+                        raise ValueError(f"{name} has {entry.file_size} bytes, not {expected}")
+                    self.shapes[name], self.dtypes[name] = shape, dtype
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
@@ -99,24 +123,35 @@ class NpzReader:
         left = (length if stop is None else min(stop, length)) - start
         row_shape = shape[1:]
         row_bytes = math.prod(row_shape) * dtype.itemsize
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as member:
+        with ExitStack() as opened:
+            with self._explained():
+                archive = opened.enter_context(zipfile.ZipFile(self.path))
+                member = opened.enter_context(archive.open(f"{name}.npy"))
                 _read_header(member)
                 member.seek(start * row_bytes, io.SEEK_CUR)
-                while left > 0:
-                    count = min(rows, left)
-                    yield np.frombuffer(_read_exactly(member, count * row_bytes), dtype).reshape(count, *row_shape)
-                    left -= count
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
-            raise self._damaged(error) from None
+            while left > 0:
+                count = min(rows, left)
+                with self._explained():
+                    data = _read_exactly(member, count * row_bytes)
+                # outside, so that errors of whoever takes the batches stay what they are
+                yield np.frombuffer(data, dtype).reshape(count, *row_shape)
+                left -= count
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if name not in self.shapes:
             raise ValueError(f"{self.path} has no array {name!r}, only {', '.join(self.shapes) or 'nothing'}")
         return self.shapes[name]
 
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except _UNREADABLE as error:
+            raise self._damaged(error) from None
+
     def _damaged(self, error: Exception) -> ValueError:
-        return ValueError(f"{self.path} cannot be read as an .npz file, it is damaged or cut short ({error})")
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return ValueError(f"{self.path} cannot be read as an .npz file, it is damaged or cut short ({reason})")
 
 
 def _read_header(member: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:

@@ -62,12 +62,14 @@ def as_array(record: dict[str, Any]) -> np.ndarray:
 
 
 def read_record(path: str | Path) -> dict[str, Any] | None:
-    """The record inside an .npz of samples; None where there is none. ValueError for a damaged file."""
+    """The record inside an .npz; None where there is none. ValueError for a damaged file, or a record of others."""
     reader = NpzReader(path)
     if RECORD_NAME not in reader:
         return None
     try:
         record = json.loads(str(reader.read(RECORD_NAME)))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: its array {RECORD_NAME!r} is not the record of a run ({error})") from None
+    except json.JSONDecodeError:
+        record = None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: its array {RECORD_NAME!r} is not the record of a run")
     return record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,19 +18,20 @@ from tqdm import tqdm
 
 from llamagen_unitok.evaluation.codebooks import count_codes, usage_figures
 from llamagen_unitok.evaluation.extractors import Extractor
+from llamagen_unitok.evaluation.features import check_finite
 from llamagen_unitok.evaluation.gaussian import GaussianStatistics
-from llamagen_unitok.evaluation.metrics.frechet import frechet_distance
+from llamagen_unitok.evaluation.images import open_images, seeded_subset
+from llamagen_unitok.evaluation.metrics.frechet import frechet_distance, rank_warnings
 from llamagen_unitok.evaluation.picture_quality import LPIPS_TRUNKS, load_lpips, ssim
-from llamagen_unitok.evaluation.pictures import open_pictures, seeded_subset
 from llamagen_unitok.grid import BACKGROUND, GAP, INK, labelled_grid
 from llamagen_unitok.runtime.files import check_writable_file, replacing
 from tokenizer import Tokenizer
 from tokenizer.images import psnr, to_uint8, to_unit
 
-FLAG = "--reconstruct"
 ERROR_FULL_SCALE = 64  # of 255: an error of this size or more is the brightest colour of the map
 DEFINITIONS = {
     "pictures": "ADM centre crop to the tokenizer's size; reconstructions rounded to 8 bits before every comparison",
+    "pixels_hash": "SHA-256 of the compared originals, uint8 RGB as cropped, one after the other",
     "psnr_db": "10 log10(255² / mean squared error over pixels and RGB channels) of each picture; equal ones: 106 dB",
     "ssim": "11×11 Gaussian window, sigma 1.5, data range 255, each RGB channel alone, mean over channels and places",
     "lpips": "LPIPS 0.1 at the tokenizer's size, RGB in [-1, 1]",
@@ -45,7 +47,7 @@ Observer = Callable[[np.ndarray, np.ndarray], None]
 class ReconstructionSettings:
     """Which pictures a tokenizer is measured on, and how."""
 
-    images: Path = field(metadata={"flag": FLAG, "help": "pictures: a folder, with or without subfolders, or an .npz"})
+    images: Path = field(metadata={"flag": "--reconstruct", "help": "pictures: a folder and all below it, or an .npz"})
     limit: int | None = field(default=None, metadata={"help": "only N of the pictures, drawn by --subset-seed"})
     subset_seed: int = field(default=0, metadata={"help": "which pictures --limit keeps"})
     batch_size: int = field(default=16, metadata={"help": "pictures at a time"})
@@ -82,14 +84,25 @@ class ReconstructionDistance:
         self.name = f"r{extractor.frechet_name}"
         self._extractor = extractor
         self._originals, self._reconstructions = (GaussianStatistics(extractor.width) for _ in range(2))
+        self._seen = 0
 
     def __call__(self, originals: np.ndarray, reconstructions: np.ndarray) -> None:
-        self._originals.update(self._extractor(originals).pool)
-        self._reconstructions.update(self._extractor(reconstructions).pool)
+        for what, pixels, statistics in (
+            ("originals", originals, self._originals),
+            ("reconstructions", reconstructions, self._reconstructions),
+        ):
+            pool = self._extractor(pixels).pool
+            check_finite(pool, what, self._seen)
+            statistics.update(pool)
+        self._seen += len(originals)
 
     def figures(self) -> dict[str, float]:
         """The distance under its name. ValueError for fewer than 2 pictures."""
         return {self.name: frechet_distance(self._reconstructions.gaussian(), self._originals.gaussian())}
+
+    def warnings(self) -> list[str]:
+        """What makes the distance other than it seems, one sentence each."""
+        return rank_warnings(self.name, self._extractor.width, {"pictures": self._seen})
 
 
 @torch.inference_mode()
@@ -110,14 +123,16 @@ def reconstruct(
     device = next(tokenizer.parameters()).device
     if settings.sheet:
         check_writable_file("--sheet", settings.sheet, (".png",))
-    source = open_pictures(settings.images, config.img_size, flag=FLAG, workers=settings.workers)
-    indices = seeded_subset(len(source.names), settings.limit, settings.subset_seed)
+    source = open_images(settings.images, crop=config.img_size, readers=settings.workers)
+    indices = seeded_subset(source.count, settings.limit, settings.subset_seed)
+    pixels_hash = hashlib.sha256()
     lpips, lpips_left_out = load_lpips(settings.lpips_network, device)
     counts = np.zeros((config.num_codebooks, config.codebook_size), dtype=np.int64)
     values: dict[str, list[np.ndarray]] = {"psnr_db": [], "ssim": [], "lpips": []}
 
     with tqdm(total=len(indices), desc="reconstructing", unit="picture", dynamic_ncols=True) as bar:
-        for originals in source.batches(indices, settings.batch_size):
+        for originals in source.chosen(indices.tolist(), settings.batch_size):
+            pixels_hash.update(originals.tobytes())
             batch = _there_and_back(tokenizer, originals, device)
             for observe in observers:
                 observe(batch.originals, batch.reconstructions)
@@ -130,8 +145,9 @@ def reconstruct(
     figures: dict[str, Any] = {
         "images": str(settings.images),
         "pictures": len(indices),
-        "of_pictures": len(source.names),
-        "subset_seed": settings.subset_seed if len(indices) < len(source.names) else None,
+        "of_pictures": source.count,
+        "pixels_hash": pixels_hash.hexdigest(),
+        "subset_seed": settings.subset_seed if len(indices) < source.count else None,
         "img_size": config.img_size,
         "batch_size": settings.batch_size,
         "psnr_db": _summary(measured["psnr_db"], worst=np.min),
@@ -146,12 +162,12 @@ def reconstruct(
         figures["lpips_left_out"] = lpips_left_out
     if settings.sheet:
         chosen = worst_and_typical(measured["psnr_db"], settings.shown)
-        again = source.batches(sorted({int(indices[row]) for _, row in chosen}), settings.batch_size)
+        again = source.chosen(sorted({int(indices[row]) for _, row in chosen}), settings.batch_size)
         shown = _by_index(sorted({row for _, row in chosen}), (_there_and_back(tokenizer, b, device) for b in again))
         write_sheet(
             settings.sheet,
             [
-                (f"{kind}, {measured['psnr_db'][row]:.1f} dB: {source.names[indices[row]]}", *shown[row])
+                (f"{kind}, {measured['psnr_db'][row]:.1f} dB: {source.name_of(indices[row])}", *shown[row])
                 for kind, row in chosen
             ],
         )

@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from llamagen_unitok.evaluation.extractors import Extractor
 from llamagen_unitok.evaluation.features import FeatureSet, collect_features
 from llamagen_unitok.evaluation.gaussian import Gaussian
-from llamagen_unitok.evaluation.images import ARRAY_NAME, FolderImages, ImageSource, open_images
+from llamagen_unitok.evaluation.images import ARRAY_NAME, ImageSource, open_images, size_text
 from llamagen_unitok.evaluation.npz import ArrayStream, NpzReader, write_npz
 from llamagen_unitok.evaluation.provenance import RECORD_NAME, as_array, code_version, command_line, read_record
 from llamagen_unitok.runtime.distributed import World
 from modelfolder import file_hash
 
-MOST_ROWS = 50_000  # of a reference, for precision, recall and KID
-ADM_PICTURES = 10_000  # in arr_0 of ADM's batches
+# In arr_0 of ADM's batches, and so the real pictures of published precision and recall. More of a folder or a plain
+# .npz would give figures that compare with none of them.
+ADM_PICTURES = 10_000
 _ADM_STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _CHOICE_SEED = 0
 
 
@@ -53,6 +55,26 @@ class Reference:
         """SHA-256 of the file, or of the folder's pictures."""
         return self.images.content_hash if self.images else file_hash(self.path)
 
+    def check(self, extractor: Extractor, needs: Collection[str], size: tuple[int, int]) -> None:
+        """ValueError, in one line, unless samples of `size` (H, W) can be compared as `needs` (of NEEDS) says.
+
+        Reads the file's own statistics, but no picture.
+        """
+        if self.images and self.images.size != size:
+            raise ValueError(
+                f"{self.path} has pictures of {size_text(self.images.size)} pixels, the samples of {size_text(size)}: "
+                "compare pictures of one size"
+            )
+        given = self._given(extractor)
+        if given and self.images and "spatial" in set(needs) - set(given):
+            raise ValueError(f"{self.path} has mu and sigma, but no mu_s and sigma_s: it cannot give sFID")
+        self._lacking(set(needs) - set(given), needs)
+
+    def _lacking(self, missing: Collection[str], needs: Collection[str]) -> None:
+        if missing and self.images is None:
+            names = ", ".join(sorted(missing)) or ", ".join(needs)
+            raise ValueError(f"{self.path} holds no pictures, only Inception statistics: it cannot give {names}")
+
     @property
     def _has_statistics(self) -> bool:
         return self._reader is not None and all(name in self._reader for name in _ADM_STATISTICS["pool"])
@@ -73,10 +95,8 @@ class Reference:
         main = world is None or world.is_main
         given = self._given(extractor)
         if set(needs) <= set(given):
-            return FeatureSet(None, **given) if main else None
-        if self.images is None:
-            missing = ", ".join(sorted(set(needs) - set(given))) or ", ".join(needs)
-            raise ValueError(f"{self.path} holds no pictures, only Inception statistics: it cannot give {missing}")
+            return FeatureSet(self._counted, **given) if main else None
+        self._lacking(set(needs) - set(given), needs)
         found = self._cached(extractor) if main else None
         if not (world.any(found is not None) if world else found is not None):
             found = collect_features(
@@ -85,7 +105,7 @@ class Reference:
                 ("pool", "spatial", "pool_rows"),
                 required=set(needs) - set(given),
                 batch_size=batch_size,
-                keep=chosen_pictures(self.images.count, MOST_ROWS),
+                keep=None if self._has_statistics else chosen_pictures(self.images.count, ADM_PICTURES),
                 world=world,
                 description="reference" if progress else None,
             )
@@ -94,25 +114,39 @@ class Reference:
         if not main:
             return None
         # never FID of the file's statistics beside sFID of its few pictures
-        return FeatureSet(None, **given, pool_rows=found.pool_rows) if given else found
+        return FeatureSet(self._counted, **given, pool_rows=found.pool_rows) if given else found
+
+    @cached_property
+    def _record(self) -> dict[str, Any]:
+        """How `make_reference` made the file; empty where it did not."""
+        return read_record(self.path) or {}
+
+    @property
+    def _counted(self) -> int | None:
+        """Pictures behind the file's statistics, where it says how many."""
+        return self._record.get("pictures")
 
     def _given(self, extractor: Extractor) -> dict[str, Gaussian]:
-        """The statistics in the file, when they are this extractor's."""
+        """The statistics in the file, when they are this extractor's. ValueError for such as it cannot have given."""
         if not self._has_statistics or extractor.frechet_name != "FID":
             return {}
-        made_with = (read_record(self.path) or {}).get("extractor", {}).get("weights_hash", extractor.weights_hash)
+        made_with = self._record.get("extractor", {}).get("weights_hash", extractor.weights_hash)
         if made_with != extractor.weights_hash:
             raise ValueError(
                 f"{self.path} was made with other Inception weights ({made_with[:8]}…) than those in use "
                 f"({extractor.weights_hash[:8]}…): make it again with --make-reference"
             )
+        widths = {"pool": extractor.width, "spatial": extractor.spatial_width}
         given = {}
         for name, (mean_name, cov_name) in _ADM_STATISTICS.items():
             if mean_name in self._reader and cov_name in self._reader:
-                mean, cov = (self._reader.read(n).astype(np.float64) for n in (mean_name, cov_name))
-                if mean.ndim != 1 or cov.shape != (len(mean),) * 2 or not np.isfinite(cov).all():
-                    raise ValueError(f"{self.path}: {mean_name} and {cov_name} are no mean and covariance")
-                given[name] = Gaussian(mean, cov)
+                found = [self._reader.read(n) for n in (mean_name, cov_name)]
+                width = widths[name]
+                if [one.shape for one in found] != [(width,), (width, width)] or not all(map(_is_finite, found)):
+                    raise ValueError(
+                        f"{self.path}: {mean_name} and {cov_name} are no finite mean and covariance of {width} features"
+                    )
+                given[name] = Gaussian(*(one.astype(np.float64) for one in found))
         return given
 
     def _cache_files(self, extractor: Extractor) -> list[Path]:
@@ -127,10 +161,9 @@ class Reference:
             # a damaged file is as good as none
             with suppress(ValueError, OSError):
                 reader = NpzReader(file)
-                arrays = {name: reader.read(name) for name in reader.shapes}
-                pool = Gaussian(arrays["mu"], arrays["sigma"])
-                spatial = Gaussian(arrays["mu_s"], arrays["sigma_s"]) if "mu_s" in arrays else None
-                return FeatureSet(int(arrays["count"]), pool, spatial, arrays["pool_rows"])
+                mu, sigma, rows = (reader.read(name) for name in ("mu", "sigma", "pool_rows"))
+                spatial = Gaussian(reader.read("mu_s"), reader.read("sigma_s")) if "mu_s" in reader else None
+                return FeatureSet(int(reader.read("count")), Gaussian(mu, sigma), spatial, rows)
         return None
 
     def _keep(self, extractor: Extractor, features: FeatureSet) -> None:
@@ -141,6 +174,10 @@ class Reference:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_npz(file, arrays)
                 return
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    return values.dtype.kind in "fiu" and bool(np.isfinite(values).all())
 
 
 def chosen_pictures(count: int, most: int) -> np.ndarray | None:
@@ -192,6 +229,7 @@ def make_reference(
     if features is None:
         return
     chosen = chosen_pictures(source.count, most)
+    numbers = range(source.count) if chosen is None else np.flatnonzero(chosen).tolist()
     record = {
         "pictures": source.count,
         "content_hash": source.content_hash,
@@ -199,18 +237,6 @@ def make_reference(
         "code_version": code_version(),
         "command": command_line(),
     }
-    shape = (min(source.count, most), *source.size, 3)
-    stream = ArrayStream(shape, np.dtype(np.uint8), _pictures(source, chosen, batch_size))
+    shape = (len(numbers), *source.size, 3)
+    stream = ArrayStream(shape, np.dtype(np.uint8), source.chosen(numbers, batch_size))
     write_npz(out, {ARRAY_NAME: stream, **adm_statistics(features), RECORD_NAME: as_array(record)})
-
-
-def _pictures(source: ImageSource, chosen: np.ndarray | None, rows: int) -> Iterator[np.ndarray]:
-    if chosen is not None and isinstance(source, FolderImages):
-        yield from source.chosen(np.flatnonzero(chosen).tolist(), rows)
-        return
-    first = 0
-    for batch in source.batches(rows):
-        kept = batch if chosen is None else batch[chosen[first : first + len(batch)]]
-        first += len(batch)
-        if len(kept):
-            yield kept

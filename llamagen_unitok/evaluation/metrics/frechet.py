@@ -24,6 +24,20 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return float(step @ step + np.trace(a.cov) + np.trace(b.cov) - 2 * cross)
 
 
+def rank_warnings(name: str, width: int, counts: dict[str, int | None]) -> list[str]:
+    """One sentence for each set of pictures that is too small for features of `width` numbers.
+
+    counts: what the pictures are → how many; None where nobody knows.
+    """
+    return [
+        f"{name} of {count:,} {what} is biased upwards: a covariance of {width:,} features has rank {count - 1:,} at "
+        "most, so spread that both sets have is missing from it. Compare figures of equal counts only, and take 50,000 "
+        "samples for a table"
+        for what, count in counts.items()
+        if count is not None and count <= width
+    ]
+
+
 def _root(cov: np.ndarray) -> np.ndarray:
     """F (E, r) with F Fᵀ = cov, of its rank r up to rounding, at least 1."""
     values, vectors = scipy.linalg.eigh(cov, driver="evd")
