@@ -163,6 +163,9 @@ def test_memory_is_16_bytes_a_parameter_shared_by_the_shards():
     assert four.weights + four.gradients + four.optimizer == 4 * total
     assert four.activations == one.activations < memory(config, batch=3).activations
     assert memory(config, batch=2, ema=True).average == 4 * total
+    # shards of the gradients are made of whole ones, which a step of several parts holds on to
+    assert memory(config, batch=2, shards=4, accumulate=2).gradients == 5 * total
+    assert memory(config, batch=2, accumulate=2) == one
 
 
 def test_the_peak_is_the_given_one_or_unknown_on_a_cpu():

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -285,6 +286,15 @@ def test_a_dry_run_prints_the_published_run(capsys, tmp_path, monkeypatch):
 def test_a_dry_run_counts_parts_shards_and_recomputation(capsys, flags, said):
     assert train_gpt.main(f"--recipe unitok-cfgfree --dry-run --gpus 16 {flags}".split()) == 0
     assert said in capsys.readouterr().out
+
+
+def test_the_dry_run_in_the_docs_is_what_it_prints(capsys):
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    command, printed = re.search(
+        r"`python train_gpt\.py (.* --dry-run[^`]*)` prints.*?```\n(.*?)```", page, re.S
+    ).groups()
+    assert train_gpt.main(command.split()) == 0
+    assert capsys.readouterr().out == printed
 
 
 def test_a_dry_run_counts_the_codes_it_is_given(codes, tmp_path, capsys):

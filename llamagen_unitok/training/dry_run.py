@@ -68,6 +68,7 @@ def dry_run(settings: DryRun, config: GPTConfig, training: GeneratorTraining, lo
         head_share=training.head_share,
         bf16=loop.precision == "bf16",
         recompute=loop.checkpoint_activations,
+        accumulate=loop.accumulate,
     )
     room = ""
     if needed.total > settings.gpu_memory * 1e9:

@@ -196,12 +196,16 @@ def memory(
     head_share: float = 1.0,
     bf16: bool = True,
     recompute: str = "none",
+    accumulate: int = 1,
 ) -> Memory:
     """With fp32 weights and AdamW. batch: pictures on this device at once.   shards: devices that share one copy of
-    everything but activations; 1 = each has its own (DDP).   recompute: as in runtime.parallel.wrap_blocks."""
-    copy = 4 * parameters(config).total / shards
+    everything but activations; 1 = each has its own (DDP).   recompute: as in runtime.parallel.wrap_blocks.
+    accumulate: parts of a step's batch; with several, FSDP2 sums whole gradients before it shares them out."""
+    whole = 4 * parameters(config).total
+    copy = whole / shards
     kept = activations(config, head_share, bf16, recompute)
-    return Memory(copy, copy, 2 * copy, copy if ema else 0.0, kept.fixed + batch * kept.per_image)
+    gradients = copy + (whole if shards > 1 and accumulate > 1 else 0)
+    return Memory(copy, gradients, 2 * copy, copy if ema else 0.0, kept.fixed + batch * kept.per_image)
 
 
 def peak_flops(device: torch.device, tflops: float | None = None) -> float | None:
