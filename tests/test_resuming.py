@@ -9,19 +9,27 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import train_gpt
 from llamagen_unitok.runtime import stop
 from llamagen_unitok.runtime.checkpoint import checkpoint_path, complete_checkpoints, read_meta
-from llamagen_unitok.training.generator import GeneratorObjective
+from llamagen_unitok.runtime.distributed import World
+from llamagen_unitok.training.data import CodeShards
+from llamagen_unitok.training.generator import GeneratorObjective, GeneratorTraining, train_generator
+from llamagen_unitok.training.loop import LoopConfig
+from llamagen_unitok.training.tokenizer import TokenizerTraining, train_tokenizer
+from tests.conftest import tiny_tokenizer
 from tests.random_codes import write_codes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[1]
+ALONE = World(0, 1, torch.device("cpu"))
 SHAPE = "--layers 1 --heads 2 --width 32 --depth-layers 1 --ffn-multiple 16 --batch-size 4 --warmup-steps 1 --workers 0"
 
 
@@ -143,7 +151,9 @@ def test_signals_that_come_in_numbers_leave_the_checkpoint_of_the_last_step(code
 
 
 def test_a_stop_at_a_regular_save_passes_no_model_on_and_one_at_the_end_does(codes, tmp_path):
-    assert stopped(codes, tmp_path / "early", 3, "SIGTERM", "--steps 9 --save-every 4") == 130
+    validated = "--log-every 1 --held-out 0.3 --validate-every 4"
+    assert stopped(codes, tmp_path / "early", 3, "SIGTERM", f"--steps 9 --save-every 4 {validated}") == 130
+    assert "validation_loss" not in (tmp_path / "early" / "metrics.jsonl").read_text()
     assert [path.name for path in complete_checkpoints(tmp_path / "early")] == ["step-00000004"]
     assert not (tmp_path / "early" / "generator").exists()
     assert stopped(codes, tmp_path / "end", 3, "SIGTERM", "--steps 4") == 0
@@ -205,3 +215,41 @@ def test_a_run_goes_on_when_what_it_started_from_is_gone(codes, tmp_path):
     shutil.rmtree(start)
     assert train(codes, tmp_path / "run", f"{flags} 4") == 0
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+def test_a_tokenizer_goes_on_when_what_it_started_from_is_gone(tmp_path):
+    rng = np.random.default_rng(0)
+    for label in range(2):
+        (tmp_path / "pictures" / str(label)).mkdir(parents=True)
+        for i in range(2):
+            picture = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
+            picture.save(tmp_path / "pictures" / str(label) / f"{i}.png")
+    tokenizer = tiny_tokenizer()
+    start = tokenizer.save_pretrained(tmp_path / "start")
+    settings = TokenizerTraining(images=tmp_path / "pictures", init=str(start))
+    loop = LoopConfig(steps=4, save_every=2, batch_size=2, warmup_steps=0, workers=0, precision="fp32")
+
+    def run(name: str) -> dict[str, torch.Tensor]:
+        folder = train_tokenizer(tokenizer.config, settings, loop, out=tmp_path / name, resume="auto", world=ALONE)
+        return load_file(folder / "model.safetensors")
+
+    whole = run("whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "run", symlinks=True)
+    shutil.rmtree(checkpoint_path(tmp_path / "run", 4))
+    shutil.rmtree(start)
+    assert same(whole, run("run"))
+
+
+def test_checksums_are_read_by_one_process_for_all(codes, tmp_path, monkeypatch):
+    class Second(World):
+        """A process that hears from the main one what came out."""
+
+        def share_outcome(self, compute):
+            raise ValueError("told by the main process")
+
+    read = []
+    monkeypatch.setattr(CodeShards, "verify", lambda self: read.append(self.folder))
+    settings, loop = GeneratorTraining(codes=codes, layers=1, heads=2, width=32, verify=True), LoopConfig()
+    with pytest.raises(ValueError, match="told by the main process"):
+        train_generator(settings, loop, out=tmp_path, resume="auto", world=Second(1, 2, torch.device("cpu")))
+    assert not read

@@ -80,7 +80,8 @@ class World:
         return gathered
 
     def share_outcome(self, compute: Callable[[], Outcome]) -> Outcome:
-        """What `compute` returns on the main process, on all of them; it runs there only. Its ValueError is shared too.
+        """What `compute` returns on the main process, on all of them; it runs there only. Its ValueError or
+        OSError is shared too, as a ValueError.
 
         The result must be plain data: it travels as a pickle between the processes of one run.
         """
@@ -90,7 +91,7 @@ class World:
         if self.is_main:
             try:
                 outcome[0] = compute()
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 outcome[1] = str(error)
         dist.broadcast_object_list(outcome, src=0, device=self.device)
         if outcome[1] is not None:
@@ -98,14 +99,14 @@ class World:
         return outcome[0]
 
     def together(self, compute: Callable[[], Outcome]) -> Outcome:
-        """What `compute` returns here; it runs on every process. Where it raises ValueError on some, all raise that of
-        the first of them, so that none waits for one that has gone."""
+        """What `compute` returns here; it runs on every process. Where it raises ValueError or OSError on some, all
+        raise that of the first of them, as a ValueError: none waits for one that has gone."""
         if self.size == 1:
             return compute()
         result, error = None, None
         try:
             result = compute()
-        except ValueError as failed:
+        except (ValueError, OSError) as failed:
             error = str(failed)
         first = next((text for text in self.collect(error) if text is not None), None)
         if first is not None:

@@ -41,16 +41,16 @@ def _check_folder(flag: str, path: Path, folder: Path) -> None:
         raise ValueError(f"{flag} {path} cannot be written: {error.strerror} ({folder})") from None
 
 
-def clear_unfinished(folder: Path) -> None:
-    """Remove what a killed process left half-written in a folder that one run has to itself.
+def clear_unfinished(folder: Path, name: str = "*") -> None:
+    """Remove what a killed process left half-written in a folder that one run has to itself, of one `name` or of all.
 
     Call it before any process of the run writes there. What was being replaced just then gets its name back.
     """
-    for left in folder.glob(".*.old"):
-        name = left.name[1:].rsplit(".", 2)[0]
-        if not (folder / name).exists():
-            left.rename(folder / name)
-    for left in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
+    for left in folder.glob(f".{name}.*.old"):
+        whole = folder / left.name[1:].rsplit(".", 2)[0]
+        if not whole.exists():
+            left.rename(whole)
+    for left in (*folder.glob(f".{name}.*.tmp"), *folder.glob(f".{name}.*.old")):
         shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 

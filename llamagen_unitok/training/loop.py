@@ -181,7 +181,7 @@ def train(
     ones if there is an EMA); not with that of a run that was asked to stop, which may have seconds left.
     on_start(changes): called once on the main process when the run is known to be sound, before its first step, with
     all changes of settings on the way there.
-    watchers: called in turn on every process after every step.
+    watchers: called in turn on every process after every step, but not after the last one before a stop.
     figures(images per second): more numbers that follow from the rate, for the log.
     Raises FloatingPointError, on all processes, when a loss or the gradient norm is not finite: the weights are not
     spoiled by it. Raises OSError when the last checkpoint cannot be written; for an earlier one, a line on stderr says
@@ -328,7 +328,7 @@ def train(
                         figures_now = {**dict(zip(sums, means, strict=True)), "lr": config.lr * factor}
                         log.write(step, {**figures_now, "memory_gb": peak_bytes(world.device) / 1e9})
                     sums, summed = {}, 0
-                for watch in watchers:
+                for watch in () if agreement.stop else watchers:
                     seen = watch(step, weights)
                     if seen and log:
                         log.record(step, seen)
@@ -393,7 +393,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def _share_buffers(objective: nn.Module, ema: EMA | None, world: World) -> None:
-    """Give all the main process's buffers, as DDP does at each forward: a checkpoint then holds one value of each."""
+    """Give all processes the main one's buffers: a checkpoint then holds one value of each."""
     for name, buffer in objective.named_buffers():
         world.broadcast(buffer)
         if ema and name in ema.state:
