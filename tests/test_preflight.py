@@ -111,6 +111,11 @@ def test_a_start_without_a_tokenizer_looks_at_the_one_that_the_codes_name(codes,
     assert check(codes, mode=None) == 0
     assert "!  what the codes call their tokenizer is another one now" in capsys.readouterr().err
     assert "is another one now" in refused(capsys, check(codes))
+    shutil.rmtree(tokenizer)
+    shutil.copytree(bundle / "tokenizer", tokenizer)
+    (tokenizer / "model.safetensors").write_bytes(b"torn")
+    assert check(codes, mode=None) == 0
+    assert "does not draw them" in capsys.readouterr().err
 
 
 def test_the_screen_tells_the_recipe_and_how_the_run_is_computed(codes, capsys):

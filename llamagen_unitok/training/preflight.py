@@ -109,17 +109,17 @@ def _inspect(
     if thorough:
         shards.verify()
         facts["checksums"] = f"all {len(shards.paths)} shards are whole"
-    folder = None
-    if tokenizer is not None:
+    folder, named = None, tokenizer is not None
+    if named:
         folder = locate(tokenizer)
         _check_shapes(f"tokenizer {tokenizer}", read_tokenizer_config(folder), meta)
     elif Path(meta.tokenizer).is_dir():
         tokenizer = meta.tokenizer
         try:
-            found = locate(tokenizer)
-            _check_shapes(f"tokenizer {tokenizer}", read_tokenizer_config(found), meta)
-            folder = found
+            folder = locate(tokenizer)
+            _check_shapes(f"tokenizer {tokenizer}", read_tokenizer_config(folder), meta)
         except ValueError as error:
+            folder = None
             doubts.append(f"what the codes call their tokenizer is another one now: {error}")
     if folder is not None:
         made_them = content_hash(tokenizer_folder(folder)) == meta.tokenizer_hash
@@ -144,8 +144,14 @@ def _inspect(
     )
     facts["disk"] = _disk_fact(config, loop, out)
     if folder is not None:
-        _draw(shards, load_tokenizer(folder).to(world.device), out, world.device, loop.seed)
-        facts["tokenizer"] = f"{tokenizer}{': made these codes' if made_them else ''}; {out / PICTURE_NAME} shows some"
+        try:
+            _draw(shards, load_tokenizer(folder).to(world.device), out, world.device, loop.seed)
+            made = ": made these codes" if made_them else ""
+            facts["tokenizer"] = f"{tokenizer}{made}; {out / PICTURE_NAME} shows some"
+        except (ValueError, RuntimeError) as error:
+            if named:
+                raise
+            doubts.append(f"{tokenizer}, which made the codes, does not draw them: {' '.join(str(error).split())}")
     return Report(facts, doubts)
 
 
