@@ -30,6 +30,8 @@ def published_state(state: Mapping[str, object]) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"expected a state dict (names → tensors), got {type(state).__name__} without tensors")
     for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise ValueError(f"expected a state dict (names → tensors); {name!r} is no name")
         if not isinstance(tensor, Tensor):
             raise ValueError(
                 f"expected a state dict (names → tensors), bare or under {' / '.join(WRAPPER_KEYS)}; "
@@ -56,6 +58,9 @@ def read_config(
     The number of heads leaves no trace in them: it comes from the preset of the same (layers, width), or from n_head.
     Raises ValueError naming what is missing or does not fit.
     """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} holds {str(tensor.dtype).removeprefix('torch.')} numbers, which no weights are")
     rows, width = _matrix(tensors, CLASS_TABLE)
     if rows not in (num_classes, num_classes + 1):
         raise ValueError(

@@ -20,7 +20,7 @@ from llamagen_unitok.labels import ClassNames
 from llamagen_unitok.runtime.distributed import pick_device
 from llamagen_unitok.runtime.files import replacing
 from llamagen_unitok.sampling import SamplingConfig, generate, release
-from modelfolder import locate, replacing_folder
+from modelfolder import locate, replacing_folder, upload
 from tokenizer import Tokenizer, load_tokenizer, read_tokenizer_config
 from tokenizer.fast import FastDecoder
 from tokenizer.images import Resize, to_pil
@@ -29,11 +29,12 @@ from tokenizer.table import PART as TOKENIZER_PART
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH_SIZE = 8  # pictures generated at once, unless the caller says otherwise
 # How codes become pixels: as the tokenizer does it, or with rewritten convolutions, in float32 (the same up to
-# rounding) or bfloat16.
+# rounding) or bfloat16, which can be compiled too.
 DECODERS: dict[str, Callable[[Tokenizer], Callable[[Tensor], Tensor]]] = {
     "plain": lambda tokenizer: tokenizer.decode_unclamped,
     "fast": FastDecoder,
     "bf16": lambda tokenizer: FastDecoder(tokenizer, torch.bfloat16),
+    "compiled": lambda tokenizer: FastDecoder(tokenizer, torch.bfloat16, compiled=True),
 }
 CARD_NAME = "README.md"
 PREVIEW_CLASSES = 32
@@ -51,9 +52,9 @@ class Sample(NamedTuple):
 class ImageGenerator:
     """Labels → pictures.
 
-    The generator computes on its own device and in its own dtype; the tokenizer decodes in float32, one picture at a
-    time, where its weights are (the CPU, as loaded), so that pixels follow from the codes alone. Set `resize` to get
-    pictures of another size than the model's.
+    The generator computes on its device in its own dtype; there too the tokenizer decodes in float32 (TF32 off), one
+    picture at a time, so that pixels follow from the codes and the device alone. Set `resize` to get pictures of
+    another size than the model's.
     """
 
     resize: Resize | None = None
@@ -94,7 +95,7 @@ class ImageGenerator:
         is checked before any weights are read.
         """
         chosen = pick_device(str(device))
-        chosen_dtype = _pick_dtype(dtype, chosen)
+        chosen_dtype = pick_dtype(dtype, chosen)
         folder = locate(path_or_hub_id)
         tokenizer_folder = folder if tokenizer is None else locate(tokenizer)
         if tokenizer is None and not (folder / TOKENIZER_PART).is_dir():
@@ -107,7 +108,7 @@ class ImageGenerator:
         card = folder / CARD_NAME
         return cls(
             GPT.from_pretrained(folder, device=chosen, dtype=chosen_dtype),
-            load_tokenizer(tokenizer_folder),
+            load_tokenizer(tokenizer_folder).to(chosen),
             ClassNames.load(folder),
             card.read_text(encoding="utf-8") if card.is_file() else None,
         )
@@ -188,7 +189,9 @@ class ImageGenerator:
 
     def images(self, codes: Tensor) -> Tensor:
         """codes (B, L, K) on the tokenizer's device → images (B, 3, H, W) in [-1, 1], resized where `resize` is set."""
-        images = self._to_images(codes)
+        # cuDNN's own default rounds convolutions to TF32.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            images = self._to_images(codes)
         return (images if self.resize is None else self.resize(images)).clamp(-1, 1)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
@@ -203,13 +206,8 @@ class ImageGenerator:
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, dtype: torch.dtype | None = None) -> str:
         """Upload the whole bundle as the hub repository ``user/name``; returns its address."""
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        address = api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
-            api.upload_folder(repo_id=repo_id, folder_path=self.save_pretrained(Path(scratch) / "bundle", dtype=dtype))
-        return str(address)
+            return upload(repo_id, self.save_pretrained(Path(scratch) / "bundle", dtype=dtype), private=private)
 
 
 def check_fit(generator: GPTConfig, tokenizer: Any, where: str = "") -> None:
@@ -258,7 +256,8 @@ def _rows(ids: list[int], num: int) -> Iterator[tuple[int, int]]:
             yield label, index
 
 
-def _pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The number type of a generator on a device; see `ImageGenerator.from_pretrained`. ValueError for no such one."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if isinstance(dtype, torch.dtype):

@@ -4,12 +4,14 @@ from modelfolder.folder import (
     ModelFolder,
     ModelFolderError,
     add_file,
+    check_replaceable,
     content_hash,
     file_hash,
     locate,
     read_weights,
     replacing_folder,
     stored_kind,
+    upload,
     write_folder,
 )
 
@@ -17,11 +19,13 @@ __all__ = [
     "ModelFolder",
     "ModelFolderError",
     "add_file",
+    "check_replaceable",
     "content_hash",
     "file_hash",
     "locate",
     "read_weights",
     "replacing_folder",
     "stored_kind",
+    "upload",
     "write_folder",
 ]

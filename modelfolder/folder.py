@@ -10,16 +10,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modelfolder.compact import pack, unpack
@@ -29,6 +32,10 @@ KIND_KEY = "kind"  # in config.json, which of the architectures that can be this
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_SIZE = "512MB"  # writing takes this much memory beside the model's own
+# Of an earlier upload, unless it is uploaded again.
+STALE = ["*.safetensors", f"*{INDEX_NAME}", "*aliases.json"]
+# What a model folder or a bundle may hold, for replacing it may delete nothing else.
+_OURS = re.compile(r"(config|labels|aliases)\.json|model.*\.safetensors(\.index\.json)?|README\.md|generator|tokenizer")
 
 
 class ModelFolderError(ValueError):
@@ -112,9 +119,26 @@ def add_file(digest: Any, path: Path) -> None:
             digest.update(block)
 
 
+def check_replaceable(folder: Path) -> None:
+    """Raise ModelFolderError where `folder` holds anything but what models and bundles consist of."""
+    if folder.is_file():
+        raise ModelFolderError(f"{folder} is a file: give a folder")
+    others = sorted(p.name for p in folder.iterdir() if not _OURS.fullmatch(p.name)) if folder.is_dir() else []
+    if others:
+        more = ", …" if len(others) > 3 else ""
+        raise ModelFolderError(
+            f"{folder} holds other things ({', '.join(others[:3])}{more}): give a new folder, or a model's to replace"
+        )
+
+
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to fill; it takes the place of `folder` when the block ends well, and vanishes when it does not."""
+    """A new folder to fill; it takes the place of `folder` when the block ends well, and vanishes when it does not.
+
+    Raises ModelFolderError, before anything is written, where that would delete what is no part of a model.
+    """
+    folder = folder.resolve()
+    check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     replaced = unfinished.with_suffix(".old")
@@ -129,22 +153,51 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def write_folder(folder: str | Path, config: dict[str, Any], state: dict[str, Tensor]) -> Path:
+def write_folder(
+    folder: str | Path,
+    config: dict[str, Any],
+    state: dict[str, Tensor],
+    stored_as: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+) -> Path:
     """Write config.json and (sharded) safetensors so that `folder` appears complete or not at all.
 
-    An existing folder of the same name is replaced after the new one is complete.
+    stored_as: what becomes of a part of the state on its way, one shard at a time, so that a cast needs no second copy
+    of a large model. An existing model folder of the same name is replaced after the new one is complete.
+    Raises OSError when the disk does not take it, ModelFolderError for a folder that holds other things.
     """
-    from huggingface_hub import save_torch_state_dict
+    from huggingface_hub import split_torch_state_dict_into_shards
 
     folder = Path(folder)
+    shards = split_torch_state_dict_into_shards(state, max_shard_size=SHARD_SIZE)
     with replacing_folder(folder) as unfinished:
-        (unfinished / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-        save_torch_state_dict(
-            {name: t.detach().cpu().contiguous() for name, t in state.items()}, unfinished, max_shard_size=SHARD_SIZE
-        )
+        _write_json(unfinished / CONFIG_NAME, config)
+        index: dict[str, Any] = {"metadata": {"total_size": 0}, "weight_map": {}}
+        for file_name, names in shards.filename_to_tensors.items():
+            part = stored_as({name: state[name].detach().cpu().contiguous() for name in names})
+            try:
+                save_file(part, unfinished / file_name, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(f"{folder} could not be written: {error}") from None
+            index["metadata"]["total_size"] += sum(t.numel() * t.element_size() for t in part.values())
+            index["weight_map"].update(dict.fromkeys(part, file_name))
+        if shards.is_sharded:
+            _write_json(unfinished / INDEX_NAME, index)
         for path in unfinished.iterdir():
             path.chmod(0o644)  # safetensors makes its files readable by the owner only
     return folder
+
+
+def upload(repo_id: str, folder: Path, *, private: bool) -> str:
+    """Make the hub repository ``user/name`` hold what is in `folder`; returns its address.
+
+    Weights of an earlier upload that are not in `folder` are removed: an index left behind would bring them back.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    address = api.create_repo(repo_id, private=private, exist_ok=True)
+    api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=STALE)
+    return str(address)
 
 
 class ModelFolder:
@@ -211,26 +264,16 @@ class ModelFolder:
 
         dtype: a floating type casts the weights; torch.int8 packs them (modelfolder.compact); None leaves them.
         """
-        state = self.state_dict()
-        if dtype == torch.int8:
-            state = pack(state)
-        elif dtype is not None:
-            state = unpack(state, dtype)
+        stored_as = dict if dtype is None else pack if dtype == torch.int8 else partial(unpack, dtype=dtype)
         config = dataclasses.asdict(self.config)
-        return write_folder(folder, {KIND_KEY: self.kind, **config} if self.kind else config, state)
+        return write_folder(
+            folder, {KIND_KEY: self.kind, **config} if self.kind else config, self.state_dict(), stored_as
+        )
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, dtype: torch.dtype | None = None) -> str:
         """Upload the model as a hub repository of its own (``user/name``); returns its address."""
-        import tempfile
-
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        address = api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
-            folder = self.save_pretrained(Path(scratch) / self.part, dtype=dtype)
-            api.upload_folder(repo_id=repo_id, folder_path=folder)
-        return str(address)
+            return upload(repo_id, self.save_pretrained(Path(scratch) / self.part, dtype=dtype), private=private)
 
     def start_from(self, path_or_hub_id: str | Path) -> None:
         """Copy the weights of a bundle or folder into this model; ModelFolderError unless they fit it exactly."""
@@ -267,6 +310,10 @@ def check_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) 
     ]
     if problems:
         raise ModelFolderError(f"{source} does not fit {type(model).__name__}: tensors {'; '.join(problems)}")
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import convert
 from llamagen_unitok import ImageGenerator
@@ -331,13 +332,19 @@ def test_a_folder_with_other_things_is_not_replaced(run):
     save(vq_file(), Path("vq.pt"))
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("years of work")
-    refused(run, "vq.pt", "--out", "mine", message="holds other things")
+    for config in ("there is none", "config.json", "config.json"):  # many a folder has one
+        refused(run, "vq.pt", "--out", "mine", message=r"mine holds other things \(thesis\.txt")
+        Path("mine", config).write_text("{}")
+        Path("mine", "there is none").unlink(missing_ok=True)
+    Path("model").mkdir()
+    save(vq_file(), Path("model/model.safetensors"))
+    refused(run, "model/model.safetensors", "--out", "model", message="would replace the folder that model/model")
     refused(run, "vq.pt", "--out", "vq.pt", message="--out vq.pt is a file")
     refused(run, "vq.pt", message="--out is missing")
 
 
 def test_labels_can_be_a_file_or_a_number_and_their_order_is_checked(run):
-    save(ddp_file(single_gpt(num_classes=2).state_dict()), Path("g.pt"))
+    save(ddp_file(single_gpt(num_classes=2).state_dict(), num_classes=2), Path("g.pt"))
     save(vq_file(), Path("vq.pt"))
     Path("labels.json").write_text(json.dumps({"0": "cat", "1": "dog"}))
     for name in ("cat", "dog"):
@@ -353,6 +360,50 @@ def test_labels_can_be_a_file_or_a_number_and_their_order_is_checked(run):
     refused(run, *files, "--labels", "birds", message="--labels birds is no labels.json")
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda file: file["model"].update({"norm.weight": torch.ones(32, dtype=torch.int64)}), "holds int64 numbers"),
+        (lambda file: file["model"].update({7: torch.ones(1)}), "none of the files that can be read"),
+        (lambda file: vars(file["args"]).update(image_size="large"), "says image_size='large'"),
+        (lambda file: vars(file["args"]).update(num_classes=999), "was trained on 999 classes, but --labels has 1000"),
+    ],
+    ids=["whole numbers", "a key that is no name", "a size that is no number", "other classes"],
+)
+def test_files_that_cannot_be_right_are_one_clear_line(run, spoil, message):
+    file = ddp_file(single_gpt().state_dict())
+    spoil(file)
+    save(file, Path("g.pt"))
+    save(vq_file(), Path("vq.pt"))
+    refused(run, "g.pt", "vq.pt", "--out", "bundle", *HEADS, message=message)
+
+
+@pytest.mark.parametrize("table", [torch.tensor(1.0), torch.zeros(20, 4, 2)], ids=["a number", "no square grid"])
+def test_a_rotation_table_that_is_none_says_nothing_about_the_grid(run, table):
+    save({"model": {**single_gpt().state_dict(), "freqs_cis": table}}, Path("g.pt"))
+    save(vq_file(), Path("vq.pt"))
+    assert run("g.pt", "vq.pt", "--out", "bundle", *HEADS, "--image-size", "64", "--no-picture")[0] == 0
+
+
+def test_double_precision_becomes_single(run):
+    save(ddp_file({name: t.double() for name, t in single_gpt().state_dict().items()}), Path("g.pt"))
+    save(vq_file(), Path("vq.pt"))
+    assert run("g.pt", "vq.pt", "--out", "bundle", *HEADS)[0] == 0
+    weights = ImageGenerator.from_pretrained("bundle", device="cpu").gpt.state_dict()
+    assert all(tensor.equal(weights[name]) for name, tensor in single_gpt().state_dict().items())
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(run, monkeypatch):
+    save(ddp_file(single_gpt().state_dict()), Path("g.pt"))
+    save(vq_file(), Path("vq.pt"))
+
+    def full(*_args, **_options):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("modelfolder.folder.save_file", full)
+    refused(run, "g.pt", "vq.pt", "--out", "bundle", *HEADS, message="could not be written: .*No space left")
+
+
 PEAK = """
 import sys
 from pathlib import Path
@@ -366,30 +417,32 @@ def memory(name):
     return int(lines[name].split()[0]) * 1024
 
 before = memory("VmRSS")
-convert([Path(sys.argv[1]), Path(sys.argv[2])], Path(sys.argv[3]), Conversion(), device="cpu")
+convert([Path(sys.argv[1]), Path(sys.argv[2])], Path(sys.argv[3]), Conversion(dtype=sys.argv[5]), device="cpu")
 print(memory("VmHWM") - before)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from Linux's /proc")
-def test_peak_memory_stays_below_1_3_times_the_file(tmp_path):
-    """GPT-L, 1.4 GB, with shards in the proportion to it that 512 MB have to XXL's 5.6 GB."""
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [("B", "fp32"), ("B", "bf16"), pytest.param("L", "fp32", marks=pytest.mark.slow)],
+)
+def test_peak_memory_stays_below_1_3_times_the_file(tmp_path, size, dtype):
+    """With shards in the proportion to the file that 512 MB have to XXL's 5.6 GB. B: 0.4 GB, L: 1.4 GB."""
     from llamagen_unitok import GPT, GPTConfig
 
     with torch.device("meta"):
-        gpt = GPT(GPTConfig.preset("L", num_codebooks=1, depth_layers=0, codebook_size=11, num_positions=16))
+        gpt = GPT(GPTConfig.preset(size, num_codebooks=1, depth_layers=0, codebook_size=11, num_positions=16))
     state = {name: torch.full(tensor.shape, 0.01) for name, tensor in gpt.state_dict().items()}
-    generator, tokenizer = save(ddp_file(state), tmp_path / "l.pt"), save(vq_file(), tmp_path / "vq.pt")
+    generator, tokenizer = save(ddp_file(state), tmp_path / "g.pt"), save(vq_file(), tmp_path / "vq.pt")
     del state
-    size = generator.stat().st_size
-    assert size > 1.2e9
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, generator, tokenizer, tmp_path / "bundle", "128MB"], capture_output=True, text=True
-    )
+    file = generator.stat().st_size
+    arguments = [generator, tokenizer, tmp_path / "bundle", f"{file // 11_000_000}MB", dtype]
+    done = subprocess.run([sys.executable, "-c", PEAK, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    print(f"peak {int(done.stdout) / size:.2f} × the file")
-    assert int(done.stdout) < 1.3 * size
+    print(f"peak {int(done.stdout) / file:.2f} × the file")
+    # What torch and its kernels take for themselves is nothing beside XXL.
+    assert int(done.stdout) < 1.3 * file + 60e6
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Out again: bundles and models pushed to the hub are what comes back from it, whichever tokenizer they hold."""
 
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,10 @@ def hub(tmp_path, monkeypatch) -> Path:
             (root / repo_id / ".private").write_text(str(private))
             return f"hub://{repo_id}"
 
-        def upload_folder(self, *, repo_id, folder_path):
+        def upload_folder(self, *, repo_id, folder_path, delete_patterns):
+            for path in (root / repo_id).rglob("*"):
+                if any(fnmatch(str(path.relative_to(root / repo_id)), pattern) for pattern in delete_patterns):
+                    path.unlink()
             shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
 
     monkeypatch.setattr("huggingface_hub.HfApi", FolderApi)
@@ -81,6 +85,19 @@ def test_a_pushed_model_comes_back(hub, model, load):
     assert type(again) is type(model) and again.config == model.config
     for name, tensor in model.state_dict().items():
         assert tensor.equal(again.state_dict()[name])
+
+
+def test_pushing_again_replaces_the_weights_whatever_their_number_of_files(hub, monkeypatch):
+    first, second = single_gpt(), single_gpt(seed=1)
+    with monkeypatch.context() as changed:
+        changed.setattr("modelfolder.folder.SHARD_SIZE", "20KB")
+        first.push_to_hub("me/part")
+    assert len(list(hub.rglob("*.safetensors"))) > 1
+    for model in (second, first):
+        model.push_to_hub("me/part")
+        assert len(list(hub.rglob("*.safetensors"))) == 1
+        again = GPT.from_pretrained("me/part").state_dict()
+        assert all(tensor.equal(again[name]) for name, tensor in model.state_dict().items())
 
 
 def test_an_interrupted_upload_leaves_nothing_behind(hub, monkeypatch, tmp_path):

@@ -51,7 +51,7 @@ def test_a_failed_save_leaves_the_earlier_folder(tmp_path, monkeypatch):
     def full_disk(*_args, **_options):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("huggingface_hub.save_torch_state_dict", full_disk)
+    monkeypatch.setattr("modelfolder.folder.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         gpt.save_pretrained(folder)
     assert content_hash(folder) == before and [p.name for p in tmp_path.iterdir()] == ["model"]

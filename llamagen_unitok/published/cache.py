@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 from llamagen_unitok.published.convert import Conversion, convert
+from llamagen_unitok.published.download import LOCAL_FAILURES, DamagedDownload, download_from_hub
 from llamagen_unitok.published.presets import GENERATORS, TOKENIZERS, HubFile
+from llamagen_unitok.runtime.files import clear_unfinished
 from modelfolder import ModelFolderError, file_hash, locate
 from modelfolder.folder import CONFIG_NAME
 
@@ -25,14 +27,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "llamagen-unitok"
 
 
-def locate_model(name: str | Path) -> Path:
+def locate_model(name: str | Path, device: str = "auto") -> Path:
     """The folder of a published checkpoint by its name in the tables, else of any bundle or model (`locate`).
 
-    The first use of a name downloads and converts, which takes minutes. Raises ValueError, in one line; where a file
+    The first use of a name downloads and converts, which takes minutes; on `device` it draws the picture that checks
+    the result. Raises ValueError, in one line; where a file
     cannot be had, it names the files and the folder to put them in.
     """
     if str(name) in GENERATORS or str(name) in TOKENIZERS:
-        return published_model(str(name))
+        return published_model(str(name), device)
     try:
         return locate(name)
     except ModelFolderError as error:
@@ -42,7 +45,7 @@ def locate_model(name: str | Path) -> Path:
         raise ModelFolderError(f"{error}, or the name of a published checkpoint: {known}") from None
 
 
-def published_model(name: str) -> Path:
+def published_model(name: str, device: str = "auto") -> Path:
     """The converted bundle (or tokenizer folder) of a name in the tables; made now if it is not there yet."""
     from huggingface_hub.utils import WeakFileLock
 
@@ -56,39 +59,42 @@ def published_model(name: str) -> Path:
     # Several processes of one run ask at once: one makes the bundle, the others wait for it.
     with WeakFileLock(folder.with_name(f".{name}.lock")):
         if not _is_model(folder):
-            _make(name, folder)
+            clear_unfinished(folder.parent, name)
+            _make(name, folder, device)
     return folder
 
 
-def _make(name: str, folder: Path) -> None:
+def _make(name: str, folder: Path, device: str) -> None:
     row = GENERATORS.get(name)
     files = row.files if row else (TOKENIZERS[name].file,)
     paths = fetch(name, files)
     for path in paths:
         _say(f"{path.name}: SHA-256 {file_hash(path)}")
-    _say(f"converting to {folder}, once")
+    _say(f"converting to {folder}, once, and drawing a picture as a check")
     # The row's size, not the name of the file, says what must come out.
     settings = Conversion(image_size=row.image_size if row else TOKENIZERS[name].img_size)
-    convert(paths, folder, settings, progress=True, size=row.size if row else None)
+    convert(paths, folder, settings, device=device, progress=True, size=row.size if row else None)
 
 
 def fetch(name: str, files: tuple[HubFile, ...]) -> list[Path]:
     """The published files on this disk, downloaded where they are not there; resumes, and shows progress.
 
-    Raises ValueError, in one line, that names all missing files and where to put them, when the hub is out of reach.
+    A file gets its name when it is complete and, where the hub says its SHA-256, has that. Raises ValueError, in one
+    line: with all missing files and where to put them when the hub is out of reach, or with what is wrong here (a full
+    disk).
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-
     paths = [cache_folder() / "files" / file.repository / file.name for file in files]
     for file, path in zip(files, paths, strict=True):
         if path.is_file():
             continue
         _say(f"downloading {file.name} from {file.repository} (licence: {file.licence})")
         try:
-            # Says at once that there is no network, which the download itself finds out by waiting.
-            get_hf_file_metadata(hf_hub_url(file.repository, file.name))
-            hf_hub_download(file.repository, file.name, local_dir=path.parent)
+            download_from_hub(file, path)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in LOCAL_FAILURES:
+                raise ValueError(f"{path} cannot be written: {error.strerror}; set {CACHE_VARIABLE}") from error
+            if isinstance(error, DamagedDownload):
+                raise
             # The hub library raises a dozen types for "not there", "no network" and "no permission".
             missing = [other.name for other, its in zip(files, paths, strict=True) if not its.is_file()]
             them = "them" if len(missing) > 1 else "it"

@@ -1,7 +1,7 @@
 """Published checkpoint files → a bundle, checked before it gets its name.
 
-Memory: tensors are mapped from the file and written shard by shard, and the check reads the bundle only after the file
-is let go, so the peak is about the size of the larger file plus one shard (modelfolder.folder.SHARD_SIZE).
+Memory: tensors are mapped from the file, cast and written shard by shard, and the check reads the bundle only after the
+file is let go, so the peak is about the size of the larger file plus one shard (modelfolder.folder.SHARD_SIZE).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from llamagen_unitok.labels import LABELS_NAME, ClassNames
 from llamagen_unitok.pipeline import CARD_NAME, DTYPES, ImageGenerator, check_fit
 from llamagen_unitok.published.layouts import GENERATOR, TOKENIZER, WEIGHTS, PublishedFile, open_published
 from llamagen_unitok.published.presets import generator_of_file, licence_of_file
-from modelfolder import file_hash, replacing_folder
-from modelfolder.folder import CONFIG_NAME
+from llamagen_unitok.runtime.distributed import pick_device
+from modelfolder import check_replaceable, file_hash, replacing_folder
 from tokenizer import VQGAN, UniTok, load_tokenizer
 from tokenizer.table import PART as TOKENIZER_PART
 
@@ -45,7 +45,8 @@ class Conversion:
     )
     text: bool = field(default=False, metadata={"help": "keep UniTok's text tower (needs open_clip)"})
     dtype: str | None = field(
-        default=None, metadata={"help": "number type of the stored weights (default: the files')", "choices": [*DTYPES]}
+        default=None,
+        metadata={"help": "number type of the generator's stored weights (default: the file's)", "choices": [*DTYPES]},
     )
     picture: bool = field(default=True, metadata={"help": "draw one picture as a check: minutes for XXL on a CPU"})
 
@@ -75,7 +76,7 @@ def convert(
     The result is complete and checked (shapes, random codes decoded, one picture drawn) or not there at all.
     Raises ValueError, in one line, for files that are not published checkpoints or do not belong together.
     """
-    _check_out(out)
+    _check_out(out, paths)
     files = {}
     for path in paths:
         file = open_published(path, settings.weights)
@@ -88,22 +89,25 @@ def convert(
         raise ValueError(f"{paths[0]} is a generator alone: give its tokenizer's file too")
     tokenizer_file, generator_file = files.pop(TOKENIZER), files.pop(GENERATOR, None)
     file = None  # the loop's reference would keep a file mapped
-    stored = DTYPES[settings.dtype] if settings.dtype else None
     tokenizer, image_size = read_tokenizer(tokenizer_file, generator_file, settings)
     if generator_file is None:
         with replacing_folder(out) as unfinished:
-            tokenizer.save_pretrained(unfinished, dtype=stored)
+            tokenizer.save_pretrained(unfinished)
             del tokenizer, tokenizer_file
             check_tokenizer(unfinished)
         return out
 
     names = read_names(settings.labels)
+    _check_classes(generator_file, len(names))
+    # Types that nothing computes in, such as float64, become float32.
+    own = generator_file.dtype if generator_file.dtype in DTYPES.values() else torch.float32
+    stored = DTYPES[settings.dtype] if settings.dtype else own
     gpt = GPT.from_official(
         generator_file.tensors,
         num_classes=len(names),
         num_positions=tokenizer.config.num_positions,
         n_head=settings.heads or (size.heads if size else None),
-        dtype=generator_file.dtype,
+        dtype=own,
     )
     config = gpt.config
     if size and Size(config.layers, config.heads, config.width) != size:
@@ -115,12 +119,11 @@ def convert(
     card = _card(gpt, image_size, [generator_file, tokenizer_file])
     with replacing_folder(out) as unfinished:
         gpt.save_pretrained(unfinished / GPT.part, dtype=stored)
-        tokenizer.save_pretrained(unfinished / TOKENIZER_PART, dtype=stored)
+        tokenizer.save_pretrained(unfinished / TOKENIZER_PART)  # its codes would change in another type
         names.save(unfinished)
         (unfinished / CARD_NAME).write_text(card, encoding="utf-8")
-        check_dtype = stored or generator_file.dtype  # another one would need memory for a second copy
         del gpt, tokenizer, generator_file, tokenizer_file  # unmaps the files, before the bundle is read
-        check_bundle(unfinished, device=device, dtype=check_dtype, picture=settings.picture, progress=progress)
+        check_bundle(unfinished, device=device, dtype=stored, picture=settings.picture, progress=progress)
     return out
 
 
@@ -128,7 +131,7 @@ def read_names(labels: str, flag: str = "--labels") -> ClassNames:
     """The class names that a flag means: a name in NAMES, a labels.json or its folder, or a number of classes."""
     if labels in NAMES:
         return NAMES[labels]()
-    if labels.isdigit() and int(labels):
+    if labels.isdecimal() and int(labels):
         return ClassNames.numbered(int(labels))
     path = Path(labels)
     names = ClassNames.load(path.parent if path.name == LABELS_NAME else path)
@@ -150,14 +153,14 @@ def read_tokenizer(
     if settings.image_size:
         pixels["--image-size"] = settings.image_size
     if file.layout.name == "unitok":
-        pixels[file.path.name] = file.args.get("img_size", 256)
+        pixels[file.path.name] = _whole(file, "img_size") or 256
     if generator is not None:
         name = generator.path.name
         if row := generator_of_file(name):
             pixels[name], grids[name] = row.image_size, row.grid
-        if image_size := generator.args.get("image_size"):
+        if image_size := _whole(generator, "image_size"):
             pixels[f"{name} (its arguments)"] = image_size
-            if cell := generator.args.get("downsample_size"):
+            if cell := _whole(generator, "downsample_size"):
                 grids[f"{name} (its arguments)"] = image_size // cell
         if generator.rotation_rows:
             grids[f"{name} (its rotation table)"] = math.isqrt(generator.rotation_rows - 1)
@@ -186,6 +189,15 @@ def read_tokenizer(
     return tokenizer, image_size
 
 
+def _whole(file: PublishedFile, argument: str) -> int | None:
+    """An argument of training that is a number of pixels; ValueError for anything else."""
+    value = file.args.get(argument)
+    try:
+        return None if value is None else int(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{file.path} says {argument}={value!r} among its arguments, which is no number") from None
+
+
 def check_tokenizer(folder: Path) -> None:
     """Load a tokenizer folder and decode random codes; ValueError unless they give a finite picture of its size."""
     tokenizer = load_tokenizer(folder)
@@ -201,20 +213,39 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def check_bundle(folder: Path, *, device: str, dtype: torch.dtype, picture: bool, progress: bool = False) -> None:
-    """Load a bundle as a user would; ValueError unless it decodes random codes and, with `picture`, draws class 0."""
+    """Load a bundle as a user would; ValueError unless it decodes random codes and, with `picture`, draws class 0.
+
+    dtype: the stored one; another would need memory for a second copy on a CPU. On CUDA it draws in bfloat16.
+    """
     check_tokenizer(folder)
-    generator = ImageGenerator.from_pretrained(folder, device=device, dtype=dtype)
-    if picture:
-        generator([0], batch_size=1, progress=progress)
+    chosen = pick_device(device)
+    try:
+        generator = ImageGenerator.from_pretrained(
+            folder, device=chosen, dtype=torch.bfloat16 if chosen.type == "cuda" else dtype
+        )
+        if picture:
+            # The plain engine: a faster one keeps a copy of the weights in a layout of its own.
+            generator([0], batch_size=1, progress=progress, engine="eager")
+    except torch.OutOfMemoryError:
+        raise ValueError("out of memory while checking the bundle: give --device cpu, or --no-picture") from None
 
 
-def _check_out(out: Path) -> None:
-    """A folder that is replaced must be one that was made like this."""
-    if out.is_file():
-        raise ValueError(f"--out {out} is a file: give a folder")
-    ours = (out / CONFIG_NAME, out / GPT.part / CONFIG_NAME, out / TOKENIZER_PART / CONFIG_NAME)
-    if out.is_dir() and any(out.iterdir()) and not any(path.exists() for path in ours):
-        raise ValueError(f"--out {out} holds other things: give a new folder, or a bundle to replace")
+def _check_out(out: Path, inputs: list[Path]) -> None:
+    """A folder that is replaced must be one that was made like this, and hold none of the inputs."""
+    try:
+        check_replaceable(out)
+    except ValueError as error:
+        raise ValueError(f"--out {error}") from None
+    for path in inputs:
+        if out.resolve() in path.resolve().parents:
+            raise ValueError(f"--out {out} would replace the folder that {path} lies in: give another one")
+
+
+def _check_classes(file: PublishedFile, num_classes: int) -> None:
+    """ValueError where the arguments of training say something else about classes than the labels do."""
+    told = file.args.get("num_classes")
+    if told is not None and told != num_classes:
+        raise ValueError(f"{file.path} was trained on {told} classes, but --labels has {num_classes} of them")
 
 
 def _card(gpt: GPT, image_size: int, files: list[PublishedFile]) -> str:

@@ -6,6 +6,7 @@ To add a layout, write a function (checkpoint, weights) → state dict or None, 
 from __future__ import annotations
 
 import argparse
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -121,6 +122,9 @@ def describe(file: PublishedFile) -> Iterator[str]:
     yield f"  {len(file.tensors)} tensors, {count:,} numbers, {kind}"
     if file.layout.part == GENERATOR:
         yield f"  {_generator_shape(file)}"
+        if file.rotation_rows:
+            side = math.isqrt(file.rotation_rows - 1)
+            yield f"  a grid of {side}×{side} positions, by its rotation table"
     elif file.layout.name == "vqgan":
         config = config_from_tensors(file.tensors, img_size=256)
         yield f"  cells of {config.patch} pixels, {config.codebook_size} entries of {config.code_width} channels"
@@ -162,5 +166,7 @@ def _wrapping(checkpoint: Mapping, weights: str) -> str:
 def _rotation_rows(checkpoint: Mapping) -> int | None:
     """Sequence positions of a stored rotation table: the only tensor that knows the grid."""
     state = unwrapped(checkpoint)
-    tables = [t for name, t in state.items() if name.split(".")[-1] == ROTATION_TABLE and isinstance(t, Tensor)]
-    return tables[0].shape[0] if tables else None
+    tables = [t for name, t in state.items() if str(name).split(".")[-1] == ROTATION_TABLE and isinstance(t, Tensor)]
+    rows = tables[0].shape[0] if tables and tables[0].ndim else None
+    # The class position and a square grid; anything else is no such table.
+    return rows if rows and math.isqrt(rows - 1) ** 2 == rows - 1 else None
