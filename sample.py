@@ -15,10 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from llamagen_unitok.evaluation.presets import PRESETS, apply_preset
 from llamagen_unitok.evaluation.provenance import model_record
-from llamagen_unitok.evaluation.samples import LABEL_SCHEMES, SampleRun, run_samples, sample_record
+from llamagen_unitok.evaluation.samples import (
+    LABEL_SCHEMES,
+    SampleRun,
+    recorded_batch_size,
+    run_samples,
+    sample_record,
+)
 from llamagen_unitok.grid import labelled_grid
 from llamagen_unitok.labels import ClassNames
 from llamagen_unitok.pipeline import BATCH_SIZE, DECODERS, DTYPES, ImageGenerator, Sample
@@ -27,7 +34,7 @@ from llamagen_unitok.runtime.distributed import processes
 from llamagen_unitok.runtime.files import check_writable_file, check_writable_folder, replacing
 from llamagen_unitok.runtime.flags import Parser, add_flags, given_flags, run_cli, settings_from
 from llamagen_unitok.sampling import ENGINES, SamplingConfig
-from llamagen_unitok.sampling.batches import propose_batch_size
+from llamagen_unitok.sampling.batches import number_or_auto, propose_batch_size
 from tokenizer.images import Resize
 
 SHIPPED = Path(__file__).resolve().parent / "checkpoints" / "emoji"
@@ -40,6 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     flags = parser.parse_args(argv)
 
     def body() -> None:
+        if flags.threads is not None:
+            if flags.threads < 1:
+                raise ValueError(f"--threads must be a whole number of at least 1, got {flags.threads}")
+            torch.set_num_threads(flags.threads)
         if flags.preset:
             apply_preset(flags.preset, flags, given_flags(parser, argv))
         if flags.list_classes:
@@ -79,14 +90,14 @@ def build_parser() -> Parser:
         default="auto",
         choices=["auto", *ENGINES],
         metavar="NAME",
-        help=f"auto (packed on cpu, graph on cuda), {', '.join(ENGINES)}",
+        help=f"auto or {', '.join(ENGINES)}; see docs/benchmarks.md",
     )
     model.add_argument(
         "--decoder",
         default="plain",
         choices=DECODERS,
         metavar="NAME",
-        help="plain, fast (the same up to rounding), or bf16 (faster)",
+        help="plain, fast (the same up to rounding), bf16 (faster), or compiled (bf16 too)",
     )
     model.add_argument(
         "--batch-size",
@@ -94,6 +105,7 @@ def build_parser() -> Parser:
         metavar="N",
         help=f"pictures at a time (default {BATCH_SIZE}; {SampleRun.batch_size} in a large run), or auto",
     )
+    model.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as many as torch takes)")
     output = parser.add_argument_group("what to write")
     output.add_argument("--resize", metavar="N[:bicubic]", help="side in pixels, by area, or as LlamaGen: bicubic")
     output.add_argument(
@@ -112,23 +124,22 @@ def build_parser() -> Parser:
     return parser
 
 
-def number_or_auto(text: str) -> int | str:
-    """A whole number, or "auto"."""
-    return text if text == "auto" else int(text)
+def batch_size_for(flags, generator: ImageGenerator, usual: int, pictures: int, earlier: int | None = None) -> int:
+    """What --batch-size means for this generator and so many pictures; `usual` where it is not given.
 
-
-def batch_size_for(flags, generator: ImageGenerator, usual: int) -> int:
-    """What --batch-size means for this generator; `usual` where it is not given. A proposal is printed."""
+    auto is that of the run that is gone on with (`earlier`), since no other gives its codes; else a proposal. Printed.
+    """
     if flags.batch_size != "auto":
         return usual if flags.batch_size is None else flags.batch_size
-    proposed = propose_batch_size(generator.gpt, guided=flags.cfg_scale != 1)
-    print(f"batch size {proposed}")
-    return proposed
+    guided = flags.cfg_scale != 1
+    size = earlier or propose_batch_size(generator.gpt, guided=guided, pictures=pictures)
+    print(f"batch size {size}")
+    return size
 
 
 def list_classes(flags) -> None:
     """Print one line a class: id, tab, name."""
-    folder = locate_model(flags.checkpoint or SHIPPED)
+    folder = locate_model(flags.checkpoint or SHIPPED, flags.device)
     names = ClassNames.load(folder)
     if names is None:
         raise ValueError(f"{folder} has no labels.json, so its classes have no names")
@@ -147,7 +158,7 @@ def sample_many(flags) -> None:
     if flags.out or flags.save_images:
         raise ValueError("--num-samples writes an .npz only: leave out --out and --save-images")
     check_writable_file("--npz", flags.npz, (".npz",))
-    folder = locate_model(flags.checkpoint or SHIPPED)
+    folder = locate_model(flags.checkpoint or SHIPPED, flags.device)
     tokenizer = locate_model(flags.tokenizer) if flags.tokenizer else None
     with processes(flags.device) as world:
         generator = ImageGenerator.from_pretrained(folder, tokenizer, world.device, flags.dtype)
@@ -155,7 +166,11 @@ def sample_many(flags) -> None:
         generator.use_decoder(flags.decoder)
         config.check_generator(generator.gpt.config)
         # One shape for all processes and for a resumed run: the main process proposes it.
-        size = world.share_outcome(lambda: batch_size_for(flags, generator, SampleRun.batch_size))
+        size = world.share_outcome(
+            lambda: batch_size_for(
+                flags, generator, run.batch_size, run.num_samples, earlier=recorded_batch_size(flags.npz)
+            )
+        )
         run = replace(run, batch_size=size)
         classes = generator.names.parse(flags.classes) if flags.classes is not None else None
         record = sample_record(
@@ -197,7 +212,7 @@ def sample(flags) -> None:
         sheet = Path(f"{_classes_name(names, labels)}-{run_name}.png")
         check_writable_file("--out", sheet, PICTURE_ENDINGS)
 
-    batch_size = batch_size_for(flags, generator, BATCH_SIZE)
+    batch_size = batch_size_for(flags, generator, BATCH_SIZE, max(1, len(labels) * flags.num))
     started = time.perf_counter()
     samples = generator.stream(
         labels, flags.num, batch_size=batch_size, progress=True, engine=flags.engine, **vars(config)

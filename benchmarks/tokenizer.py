@@ -35,6 +35,7 @@ class Settings:
     checkpoint: str | None = field(default=None, metadata={"help": "a bundle or a tokenizer; left out: random weights"})
     preset: str = field(default="vitamin_tiny", metadata={"help": "of the random weights"})
     batches: str = field(default="1", metadata={"help": "pictures at a time, with commas between them"})
+    decoders: str = field(default="plain,fast,bf16", metadata={"help": f"of {', '.join(DECODERS)}"})
     repeats: int = field(default=5, metadata={"help": "of which the median counts"})
     threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves torch's choice"})
     device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
@@ -50,8 +51,9 @@ def main(argv: list[str] | None = None) -> int:
 @torch.inference_mode()
 def benchmark(settings: Settings) -> None:
     batches = listed("--batches", settings.batches, kind=int)
-    if min(batches) < 1 or settings.repeats < 1:
-        raise ValueError("--batches and --repeats must be at least 1")
+    decoders = dict.fromkeys(["plain", *listed("--decoders", settings.decoders, tuple(DECODERS))])
+    if min(batches) < 1 or settings.repeats < 1 or settings.threads < 0:
+        raise ValueError("--batches and --repeats must be at least 1, --threads at least 0")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
@@ -65,7 +67,7 @@ def benchmark(settings: Settings) -> None:
         tokenizer.init_weights()
     tokenizer = tokenizer.to(device).eval()
     config, rows = tokenizer.config, []
-    ways = {f"decode {name}": make(tokenizer) for name, make in DECODERS.items()}
+    ways = {f"decode {name}": DECODERS[name](tokenizer) for name in decoders}
     for batch in batches:
         shape = (batch, config.num_positions, config.num_codebooks)
         codes = torch.randint(config.codebook_size, shape, device=device)

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from llamagen_unitok import GPT, GPTConfig
-from llamagen_unitok.sampling.batches import MOST, SHARE, free_bytes, picture_bytes, propose_batch_size
+from llamagen_unitok.sampling.batches import (
+    MOST,
+    SHARE,
+    free_bytes,
+    picture_bytes,
+    propose_batch_size,
+    second_copy_bytes,
+)
+from llamagen_unitok.sampling.blocks import FixedWeights, merged_bytes
 from llamagen_unitok.sampling.kept import Kept
 from llamagen_unitok.sampling.packed import PackedEngine
 from llamagen_unitok.sampling.steps import Run
@@ -30,7 +38,7 @@ def test_the_largest_sizes_caches_are_the_published_ones():
 def test_the_proposal_is_the_largest_power_of_two_that_fits(guided, free):
     gpt = tiny_gpt(num_positions=64)
     size = propose_batch_size(gpt, guided=guided, free=free)
-    each = picture_bytes(gpt.config, 4, guided=guided)
+    each, free = picture_bytes(gpt.config, 4, guided=guided), max(0, free - second_copy_bytes(gpt))
     assert size in {2**n for n in range(10)}
     assert size == 1 or size * each <= SHARE * free
     assert size == MOST["cpu"] or 2 * size * each > SHARE * free
@@ -44,5 +52,25 @@ def test_half_precision_on_a_cpu_counts_float32_caches():
     config = GPTConfig.preset("B", num_classes=1, codebook_size=2)
     with torch.device("meta"):
         gpt = GPT(config)
-    free = int(4.5 * picture_bytes(config, 4, guided=False) / SHARE)
-    assert propose_batch_size(gpt.bfloat16(), guided=False, free=free) == 4
+    gpt = gpt.bfloat16()
+    room = int(4.5 * picture_bytes(config, 4, guided=False) / SHARE)
+    assert propose_batch_size(gpt, guided=False, free=room + second_copy_bytes(gpt)) == 4
+
+
+def test_the_second_copy_of_the_weights_is_counted():
+    gpt = tiny_gpt()
+    linear = sum(p.nbytes for name, p in gpt.named_parameters() if p.ndim == 2 and "embed" not in name)
+    tables = sum(table.weight.nbytes for table in gpt.output.codebooks)
+    assert second_copy_bytes(gpt) == linear - tables
+    room = int(8 * picture_bytes(gpt.config, 4, guided=False) / SHARE) + 1
+    assert propose_batch_size(gpt, guided=False, free=room + second_copy_bytes(gpt)) == 8
+    assert propose_batch_size(gpt, guided=False, free=room) < 8
+    own = {p.data_ptr() for p in gpt.parameters()}
+    weights = FixedWeights(gpt)
+    held = [one for block in (*weights.layers, *weights.head_layers) for one in block if isinstance(one, torch.Tensor)]
+    assert merged_bytes(gpt) == sum(one.nbytes for one in (*held, weights.codes) if one.data_ptr() not in own)
+
+
+@pytest.mark.parametrize(("pictures", "size"), [(1, 1), (2, 2), (3, 4), (8, 8), (9, 16), (10**6, MOST["cpu"])])
+def test_a_batch_is_no_larger_than_the_pictures_need(pictures, size):
+    assert propose_batch_size(tiny_gpt(), guided=False, free=10**12, pictures=pictures) == size

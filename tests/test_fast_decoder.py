@@ -54,6 +54,35 @@ def test_every_upsampling_is_rewritten_and_the_tokenizer_is_left_alone(tokenizer
     assert all(torch.equal(tensor, before[name]) for name, tensor in tokenizer.state_dict().items())
 
 
+def test_compiled_it_gives_the_same_images_and_one_compilation_serves_a_batch_size(tokenizer, monkeypatch):
+    compiled, real = [], torch.compile
+
+    def backend(graph, inputs):
+        compiled.append(inputs[0].shape)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda module, dynamic: real(module, dynamic=dynamic, backend=backend))
+    codes = codes_of(tokenizer)
+    decoder = FastDecoder(tokenizer, torch.bfloat16, compiled=True)
+    for _ in range(2):
+        assert torch.equal(decoder(codes), FastDecoder(tokenizer, torch.bfloat16)(codes))
+    assert decoder.compiled is not None and len(compiled) == 1
+
+
+def test_a_compiler_that_fails_is_one_line_and_the_decoder_runs_uncompiled(tokenizer, monkeypatch, caplog):
+    def broken(graph, inputs):
+        raise RuntimeError("no C compiler")
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, dynamic: real(module, dynamic=dynamic, backend=broken))
+    codes = codes_of(tokenizer)
+    decoder = FastDecoder(tokenizer, compiled=True)
+    for _ in range(2):
+        assert torch.equal(decoder(codes), FastDecoder(tokenizer)(codes))
+    lines = [record.getMessage() for record in caplog.records if record.name == "tokenizer.fast"]
+    assert len(lines) == 1 and "runs uncompiled" in lines[0]
+
+
 def test_wrong_codes_are_refused(tokenizer):
     with pytest.raises(ValueError, match="codes must lie in"):
         FastDecoder(tokenizer)(codes_of(tokenizer) + 11)

@@ -198,3 +198,23 @@ def test_grid_shows_every_picture_once(generator):
         assert sum(found) == 1
     with pytest.raises(ValueError, match="at least one picture"):
         labelled_grid([])
+
+
+def test_the_tokenizer_decodes_without_tf32_and_leaves_the_setting_alone(bundle):
+    generator, seen = ImageGenerator.from_pretrained(bundle, device="cpu"), []
+    plain = generator._to_images
+    generator._to_images = lambda codes: seen.append(torch.backends.cudnn.allow_tf32) or plain(codes)
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled
+    generator([2])
+    assert seen == [False]
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled) == before
+
+
+@pytest.mark.gpu
+def test_pixels_are_decoded_where_the_codes_are_generated(bundle):
+    generator = ImageGenerator.from_pretrained(bundle, device="cuda", dtype="fp32")
+    assert next(generator.tokenizer.parameters()).is_cuda
+    on_cpu = ImageGenerator.from_pretrained(bundle, device="cpu")
+    for sample in generator.stream([2, 0]):
+        off = np.abs(np.asarray(sample.picture).astype(int) - np.asarray(on_cpu.decode(sample.codes[None])[0]))
+        assert off.max() <= 1

@@ -20,7 +20,7 @@ from llamagen_unitok.evaluation.samples import LABEL_SCHEMES, SampleRun, run_sam
 from llamagen_unitok.pipeline import ImageGenerator
 from llamagen_unitok.runtime.background import Background
 from llamagen_unitok.runtime.distributed import World
-from llamagen_unitok.sampling import SamplingConfig
+from llamagen_unitok.sampling import SamplingConfig, engine_name
 
 ROOT = Path(sample.__file__).resolve().parent
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -131,6 +131,47 @@ def test_parts_and_files_of_another_run_are_refused_and_kept(job, tmp_path):
     np.savez(path, arr_0=np.zeros(3))
     with pytest.raises(ValueError, match="holds other samples"):
         run_samples(generator, record, path, ALONE, progress=False)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_proposed_batch_size_is_that_of_the_run_that_goes_on(bundle, tmp_path, monkeypatch, capsys, interrupted):
+    monkeypatch.setattr(sample, "propose_batch_size", lambda *_, **__: 4)
+    path = tmp_path / "a.npz"
+    arguments = ["--checkpoint", bundle, "--num-samples", 11, "--batch-size", "auto", "--device", "cpu", "--npz", path]
+    if interrupted:
+        with monkeypatch.context() as patch:
+            patch.setattr(samples, "_merge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert sample.main([*map(str, arguments)]) == 130
+    else:
+        assert sample.main([*map(str, arguments)]) == 0
+    # Another program took the memory meanwhile.
+    monkeypatch.setattr(sample, "propose_batch_size", lambda *_, **__: 2)
+    capsys.readouterr()
+    assert sample.main([*map(str, arguments)]) == 0, capsys.readouterr().err
+    assert "batch size 4\n" in capsys.readouterr().out
+    assert read_record(path)["batch_size"] == 4
+
+
+def test_a_run_records_the_engine_that_auto_stands_for(job):
+    _, record = job
+    assert record["engine"] == engine_name("auto", "cpu", large_run=True) == "packed"
+    assert engine_name("auto", "cuda", large_run=True) == "compiled"
+    assert engine_name("auto", "cuda") == "graph"
+    assert engine_name("graph", "cuda", large_run=True) == "graph"
+
+
+def test_memory_does_not_grow_over_many_parts(job, tmp_path, monkeypatch):
+    generator, record = job
+    held, write = [], samples.write_npz
+
+    def watched(path, arrays):
+        held.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+        write(path, arrays)
+
+    monkeypatch.setattr(samples, "write_npz", watched)
+    run_samples(generator, {**record, "num_samples": 256}, tmp_path / "a.npz", ALONE, progress=False)
+    assert len(held) == 65  # sixty-four parts, and all of them as one
+    assert max(held[32:]) - max(held[8:32]) < 8 << 20  # their pictures alone would be less, their graphs of work more
 
 
 def test_a_full_disk_is_found_before_the_work(job, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ convolutions of the small image, one a place, give the same output with 16 in pl
 from __future__ import annotations
 
 import copy
+import logging
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from tokenizer.unitok import UniTok
 from tokenizer.vitamin import Upsample2d
+
+_log = logging.getLogger(__name__)
 
 # Which of three taps fall on the first and on the second source pixel: for the even and for the odd output pixel.
 _TAPS = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
@@ -48,10 +51,12 @@ class FastDecoder:
     """Codes → images like `UniTok.decode_unclamped`, from a copy of its decoder; what comes before it is in float32.
 
     dtype: of the decoder's weights and activations. float32 gives the plain decoder's images up to rounding (1e-5);
-    bfloat16 is off by about a grey level on average. ValueError for another tokenizer than UniTok.
+    bfloat16 is off by about a grey level on average.   compiled: by torch.compile, at the first call with a batch size
+    (a minute); where that fails, one line says so and the decoder runs uncompiled.
+    Raises ValueError for another tokenizer than UniTok.
     """
 
-    def __init__(self, tokenizer: UniTok, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, tokenizer: UniTok, dtype: torch.dtype = torch.float32, *, compiled: bool = False) -> None:
         if not isinstance(tokenizer, UniTok):
             raise ValueError(f"--decoder plain is the only one for a {type(tokenizer).__name__} tokenizer")
         self.tokenizer, self.dtype = tokenizer, dtype
@@ -61,9 +66,23 @@ class FastDecoder:
                 if isinstance(child, Upsample2d):
                     setattr(module, name, PhaseUpsample2d(child))
         self.decoder = decoder.to(dtype).to(memory_format=torch.channels_last)
+        self.compiled = torch.compile(self.decoder, dynamic=False) if compiled else None
 
     @torch.no_grad()
     def __call__(self, codes: Tensor) -> Tensor:
         """codes (B, L, K) in [0, V) → images (B, 3, H, W) float32, not clamped."""
         tokens = self.tokenizer.dequantize(codes).to(self.dtype)
-        return self.decoder(tokens).float()
+        return self._decode(tokens).float()
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        if self.compiled is not None:
+            try:
+                return self.compiled(tokens)
+            except torch.OutOfMemoryError:
+                raise
+            except (
+                Exception
+            ) as error:  # a missing C compiler, an unknown GPU: anything that a compiler can stumble over
+                self.compiled = None
+                _log.warning("torch.compile of the decoder failed (%s): it runs uncompiled", type(error).__name__)
+        return self.decoder(tokens)

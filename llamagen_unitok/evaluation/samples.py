@@ -28,7 +28,7 @@ from llamagen_unitok.pipeline import ImageGenerator
 from llamagen_unitok.runtime.background import Background
 from llamagen_unitok.runtime.distributed import World
 from llamagen_unitok.runtime.files import clear_unfinished, replacing
-from llamagen_unitok.sampling import SamplingConfig, generate
+from llamagen_unitok.sampling import SamplingConfig, engine_name, generate
 from llamagen_unitok.sampling.seeds import MAX_SEED
 from tokenizer.images import to_uint8
 
@@ -99,7 +99,7 @@ def sample_record(
     """Everything that decides the pixels of a run, and nothing that does not (such as the number of processes).
 
     models: which ones these are, see `provenance.model_record`; it reads all weights, so it is asked once a generator.
-    classes: those that labels are taken from; None = all.
+    classes: those that labels are taken from; None = all.   engine: "auto" is recorded as what it stands for.
     """
     parameter = generator.gpt.norm.weight
     return {
@@ -109,12 +109,23 @@ def sample_record(
         **dataclasses.asdict(run),
         **({"resize": dataclasses.asdict(generator.resize)} if generator.resize else {}),
         "classes": "all" if classes is None else classes,
-        "engine": engine,
+        "engine": engine_name(engine, parameter.device.type, large_run=True),
         "decoder": generator.decoder_name,
         "device": parameter.device.type,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "code_version": code_version(),
     }
+
+
+def recorded_batch_size(path: Path) -> int | None:
+    """The batch size of the run that `path` holds or that was interrupted there; None where there is none."""
+    job = _parts_folder(path) / JOB_NAME
+    record = read_record(path) if path.exists() else json.loads(job.read_text("utf-8")) if job.exists() else None
+    return (record or {}).get("batch_size")
+
+
+def _parts_folder(path: Path) -> Path:
+    return path.with_name(path.name + ".parts")
 
 
 def run_samples(
@@ -131,7 +142,7 @@ def run_samples(
     if path.exists():
         _refuse_other_run(path, read_record(path), record)
         return 0
-    parts_folder = path.with_name(path.name + ".parts")
+    parts_folder = _parts_folder(path)
 
     def prepare() -> None:
         _open_parts(parts_folder, record)

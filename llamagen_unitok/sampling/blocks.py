@@ -19,7 +19,10 @@ from llamagen_unitok.layers import Block
 
 
 class BlockWeights(NamedTuple):
-    """One block's weights; w13 is w1 above w3. Norms of queries and keys are None where there are none."""
+    """One block's weights; w13 is w1 above w3. Norms of queries and keys are None where there are none.
+
+    None is a Parameter, since a compiler tells those from tensors and would compile for each mix of both.
+    """
 
     attention_norm: Tensor
     wqkv: Tensor
@@ -37,16 +40,16 @@ class BlockWeights(NamedTuple):
     @classmethod
     def of(cls, block: Block) -> BlockWeights:
         attention, ffn = block.attention, block.feed_forward
-        q_norm, k_norm = (norm and norm.weight for norm in (attention.q_norm, attention.k_norm))
+        q_norm, k_norm = (norm and norm.weight.detach() for norm in (attention.q_norm, attention.k_norm))
         return cls(
-            attention_norm=block.attention_norm.weight,
-            wqkv=attention.wqkv.weight,
+            attention_norm=block.attention_norm.weight.detach(),
+            wqkv=attention.wqkv.weight.detach(),
             q_norm=q_norm,
             k_norm=k_norm,
-            wo=attention.wo.weight,
-            ffn_norm=block.ffn_norm.weight,
-            w13=torch.cat((ffn.w1.weight, ffn.w3.weight)),
-            w2=ffn.w2.weight,
+            wo=attention.wo.weight.detach(),
+            ffn_norm=block.ffn_norm.weight.detach(),
+            w13=torch.cat((ffn.w1.weight, ffn.w3.weight)).detach(),
+            w2=ffn.w2.weight.detach(),
             heads=attention.heads,
             kv_heads=attention.kv_heads,
             head_width=attention.wqkv.weight.shape[0] // (attention.heads + 2 * attention.kv_heads),

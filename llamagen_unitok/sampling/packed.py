@@ -20,6 +20,7 @@ from llamagen_unitok.sampling.steps import Run, SteppedEngine
 
 # Weights of a layer x @ W.T + bias, packed once → x → x @ W.T + bias.
 Linear = Callable[[Tensor], Tensor]
+Pack = Callable[[Tensor, "Tensor | None", int], Linear]
 
 
 def pack(weight: Tensor, bias: Tensor | None, rows: int) -> Linear:
@@ -50,7 +51,7 @@ def _has_blocked(dtype: torch.dtype) -> bool:
 class PackedBlock:
     """One block's packed matrices, and its step."""
 
-    def __init__(self, block: Block, rows: int) -> None:
+    def __init__(self, block: Block, rows: int, pack: Pack) -> None:
         attention, ffn = block.attention, block.feed_forward
         self.wqkv, self.wo = pack(attention.wqkv.weight, None, rows), pack(attention.wo.weight, None, rows)
         self.w13 = pack(torch.cat((ffn.w1.weight, ffn.w3.weight)), None, rows)
@@ -102,13 +103,13 @@ class PackedNorm:
 class PackedWeights:
     """All of a generator's matrices, packed. Embeddings stay where they are."""
 
-    def __init__(self, gpt: GPT, rows: int) -> None:
+    def __init__(self, gpt: GPT, rows: int, pack: Pack) -> None:
         with torch.no_grad():
-            self.layers = [PackedBlock(block, rows) for block in gpt.layers]
+            self.layers = [PackedBlock(block, rows, pack) for block in gpt.layers]
             self.norm = PackedNorm(gpt.norm)
             head = gpt.output
             self.head_layers = (
-                [] if isinstance(head, nn.Linear) else [PackedBlock(block, rows) for block in head.layers]
+                [] if isinstance(head, nn.Linear) else [PackedBlock(block, rows, pack) for block in head.layers]
             )
             self.head_norm = None if isinstance(head, nn.Linear) else PackedNorm(head.norm)
             output = head if isinstance(head, nn.Linear) else head.linear_head
@@ -119,10 +120,13 @@ class PackedWeights:
 class PackedEngine(SteppedEngine):
     """Steps over packed weights and float32 caches."""
 
+    pack = staticmethod(pack)
+
     def __init__(self, gpt: GPT, run: Run, kept: Kept) -> None:
         super().__init__(gpt, run, kept)
         # One row has layouts of its own; all other numbers of rows share theirs.
-        self.weights = kept.get("packed", run.rows == 1, lambda: PackedWeights(gpt, run.rows))
+        kind = (self.pack, run.rows == 1)
+        self.weights = kept.get("packed", kind, lambda: PackedWeights(gpt, run.rows, self.pack))
         self.caches, self.head_caches = kept.get("packed caches", run.rows, lambda: self._make_caches(run.rows))
 
     def _make_caches(self, rows: int) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
