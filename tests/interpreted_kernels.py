@@ -2,14 +2,16 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamagen_unitok import generate
+from llamagen_unitok.rope import rope_table, rotate
 from llamagen_unitok.sampling import fixed
 from llamagen_unitok.sampling.filters import choose, filter_logits
-from llamagen_unitok.sampling.kernels import guided_choice
-from tests.tiny_generator import SINGLE, tiny_gpt
+from llamagen_unitok.sampling.kernels import attend, guided_choice
+from tests.tiny_generator import GROUPED, SINGLE, tiny_gpt
 
 POSITION = torch.tensor([1])
 
@@ -82,14 +84,39 @@ def guidance_is_mixed_in_and_what_is_not_finite_is_noticed():
     assert not drawn(logits, uniforms, codebook=0)[1]
 
 
+def attention_is_that_of_plain_pytorch():
+    generator = torch.Generator().manual_seed(0)
+    table = rope_table(9, 12)
+    # Position 70 is in the second block of keys; 12 channels do not fill a power of two.
+    for position, kv_heads, turns in ((0, 2, table), (1, 2, None), (70, 2, table), (70, 1, None)):
+        qkv = torch.randn(2, 2 + 2 * kv_heads, 12, generator=generator)
+        whole = torch.randn(3, 2 * kv_heads, 81, 12, generator=generator)
+        turned = qkv.clone()
+        if turns is not None:
+            turned[:, :-kv_heads] = rotate(qkv[:, None, :-kv_heads], turns[position, None])[:, 0]
+        expected = whole.clone()
+        expected[:2, :, position] = turned[:, 2:]
+        keys, values = expected[:2, :, : position + 1].split(kv_heads, dim=1)
+        answer = F.scaled_dot_product_attention(turned[:, :2, None], keys, values, enable_gqa=True).flatten(1)
+        for new in (qkv, qkv[:, 2:]) if position == 0 else (qkv,):
+            cache = whole.clone()
+            y = attend(new, cache[:2], torch.tensor([position]), 2, turns)
+            torch.testing.assert_close(y, answer, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(cache, expected, atol=1e-6, rtol=1e-6)
+
+
 def engines_draw_the_codes_of_the_plain_one():
     fixed.KERNELS["cpu"] = fixed.KERNELS["cuda"]
-    for changes in ({}, SINGLE):
-        gpt = tiny_gpt(**changes)
-        for sampling in ({}, {"cfg_scale": 2.0, "cfg_interval": 3, "temperature": 0.9, "top_k": 7, "top_p": 0.9}):
-            expected = generate(gpt, [0, 3, 1], engine="eager", **sampling)
-            assert torch.equal(generate(gpt, [0, 3, 1], engine="graph", **sampling), expected)
-    assert "cpu" in fixed.KERNELS, "the kernel was given up"
+    filters = {"temperature": 0.9, "top_k": 7, "top_p": 0.9}
+    small = {"num_positions": 4, "layers": 1, "depth_layers": 1}
+    for changes in ({}, {**GROUPED, "qk_norm": True}, {**SINGLE, **GROUPED}):
+        gpt = tiny_gpt(**{**small, **changes})
+        sampling = (
+            {"cfg_scale": 2.0, "cfg_interval": 0, **filters} if changes else {}
+        )
+        expected = generate(gpt, [0, 3], engine="eager", **sampling)
+        assert torch.equal(generate(gpt, [0, 3], engine="graph", **sampling), expected)
+    assert "cpu" in fixed.KERNELS, "the kernels were given up"
 
 
 if __name__ == "__main__":
@@ -97,4 +124,5 @@ if __name__ == "__main__":
     draws_are_those_of_the_filters()
     what_is_kept_is_what_the_filters_keep()
     guidance_is_mixed_in_and_what_is_not_finite_is_noticed()
+    attention_is_that_of_plain_pytorch()
     engines_draw_the_codes_of_the_plain_one()

@@ -1,10 +1,7 @@
 """Every engine gives the plain engine's codes, draws what the filters say, and leaves nothing to the host."""
 
-import functools
 import gc
 import weakref
-from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,13 +13,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from benchmarks.kernel_count import count_kernels
 from llamagen_unitok import generate
-from llamagen_unitok.sampling import ENGINES, decode, graphs, release
+from llamagen_unitok.sampling import ENGINES, decode, fixed, release
 from llamagen_unitok.sampling.blocks import FixedWeights, finish
 from llamagen_unitok.sampling.draws import Draw, choose_on_cpu
 from llamagen_unitok.sampling.engines import engine_class
 from llamagen_unitok.sampling.filters import choose, filter_logits
 from llamagen_unitok.sampling.fixed import FixedEngine
-from llamagen_unitok.sampling.graphs import GraphEngine
 from llamagen_unitok.sampling.guidance import guidance_scales
 from llamagen_unitok.sampling.kept import Kept, kept_for
 from llamagen_unitok.sampling.packed import PackedEngine
@@ -285,161 +281,46 @@ def test_fused_norms_and_summed_embeddings_are_exact_in_float32():
     assert torch.equal(finish(x, weights.last), gpt.norm(x))
 
 
+class OneKernelEach:
+    """What kernels.py offers, as one operation each: to count, not to compute."""
+
+    LARGEST_VOCABULARY = 11
+
+    @staticmethod
+    def attend(qkv, cache, position, heads, turns):
+        return qkv.new_zeros(len(qkv), heads * qkv.shape[-1])
+
+    @staticmethod
+    def guided_choice(logits, uniforms, *_):
+        return logits[: len(uniforms)].argmax(-1)
+
+
 def kernels_of_a_step(layers: int, depth_layers: int, dtype: torch.dtype) -> int:
     gpt = tiny_gpt(num_codebooks=8, layers=layers, depth_layers=depth_layers).to(dtype)
-    run = Run(torch.arange(2), (1.0,) * 9, lambda logits, position, k: logits.argmax(-1))
+    run = Run(torch.arange(2), (1.0,) * 9, Draw(torch.rand(2, 9, 8), 0.9, 5, 0.9))
     with torch.inference_mode():
         engine = FixedEngine(gpt, run, Kept())
     return count_kernels(lambda: engine.step(2, 9)).total()
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 11), (torch.bfloat16, 13)])
-def test_a_layer_runs_few_kernels(dtype, most):
-    small = kernels_of_a_step(2, 1, dtype)
-    assert kernels_of_a_step(3, 1, dtype) - small <= most
-    # Ten for each code but the first, which needs no scores.
-    assert kernels_of_a_step(2, 2, dtype) - small <= 79
-    # All the rest: embeddings, mask, rotation, and for each code a norm, a product, a cast, a draw and an embedding.
-    assert small - 2 * most - 79 <= 56
-
-
-# --- recording, with closures in place of CUDA graphs
-
-
-class Recorder:
-    """Records a step as what it is: the function, over the memory that it knew. Warm-ups are run as on a GPU."""
-
-    def __init__(self, monkeypatch) -> None:
-        self.count = self.replayed = 0
-        monkeypatch.setitem(graphs.RECORDERS, "cpu", self)
-
-    def __call__(self, warm_up, step, beside):
-        self.count += 1
-        warm_up()
-        recorder = self
-
-        class Recording:
-            def replay(self):
-                recorder.replayed += 1
-                step()
-
-        return Recording()
-
-
-@pytest.fixture
-def recorder(monkeypatch):
-    return Recorder(monkeypatch)
-
-
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_recorded_steps_give_the_codes_of_the_plain_engine(recorder, sampling):
-    gpt = tiny_gpt()
-    expected = generate(gpt, [0, 3, 1], engine="eager", **sampling)
-    assert torch.equal(generate(gpt, [0, 3, 1], engine="graph", **sampling), expected)
-    assert recorder.replayed == 9
-    guided = "cfg_scale" in sampling and sampling.get("cfg_interval") is not None
-    assert recorder.count == (4 if guided else 3)  # three lengths, one of them with and without the null class
-
-
-def test_recordings_are_used_again_and_never_outlive_the_memory_that_they_were_made_on(recorder):
-    gpt = tiny_gpt()
-    labels, scales = torch.tensor([0, 3, 1]), [1.0] * 9
-    expected = generate(gpt, labels, engine="graph")
-    made = recorder.count
-    assert torch.equal(generate(gpt, labels, engine="graph"), expected)
-    assert recorder.count == made
-    # Another shape takes the memory, by a run that records nothing.
-    decode(gpt, labels[:2], lambda logits, position, k: logits.argmax(-1), scales, engine="graph")
-    assert torch.equal(generate(gpt, labels, engine="graph"), expected)
-    assert recorder.count == 2 * made
-
-
-def test_recordings_of_other_settings_are_made_anew_and_do_not_pile_up(recorder):
-    gpt = tiny_gpt()
-    for temperature in (0.5, 1.0, 2.0):
-        expected = generate(gpt, [0, 3], temperature=temperature, engine="eager")
-        assert torch.equal(generate(gpt, [0, 3], temperature=temperature, engine="graph"), expected)
-    run = Run(torch.tensor([0, 3]), (1.0,) * 9, Draw(torch.rand(2, 9, 3), 3.0, 0, 1.0))
-    with torch.inference_mode():
-        kept = Kept()
-        for temperature in (1.0, 2.0):
-            engine = GraphEngine(gpt, replace(run, chooser=replace(run.chooser, temperature=temperature)), kept)
-    assert len(engine.buffers.graphs) == 1
-
-
-def test_a_recording_that_lacks_memory_leaves_things_usable(recorder, monkeypatch):
-    gpt = tiny_gpt()
-    expected = generate(gpt, [0, 3], engine="graph")
-
-    def full(*_):
-        raise torch.OutOfMemoryError
-
-    with monkeypatch.context() as patch:
-        patch.setitem(graphs.RECORDERS, "cpu", full)
-        with pytest.raises(torch.OutOfMemoryError):
-            generate(gpt, [0, 3, 1], engine="graph")
-    assert torch.equal(generate(gpt, [0, 3], engine="graph"), expected)
-
-
-@pytest.fixture
-def quick_compiler(monkeypatch):
-    """Dynamo traces as it does for a GPU; what it traced runs as it is. Counts compilations by function."""
-    counts = Counter()
-
-    def compile_(function, dynamic):
-        def backend(graph, inputs):
-            counts[function.__name__] += 1
-            return graph
-
-        return torch.compile(function, dynamic=dynamic, backend=backend, fullgraph=True)
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(graphs._Compiler, "broken", False)
-    monkeypatch.setattr(graphs._Compiler, "compiled", staticmethod(functools.cache(lambda f: compile_(f, False))))
-    yield counts
-    torch._dynamo.reset()
-
-
-@VARIANTS
-def test_compiled_blocks_give_the_codes_of_the_plain_engine(recorder, quick_compiler, changes):
-    gpt = tiny_gpt(**{"layers": 4, "depth_layers": 3, **changes})
-    for sampling in SAMPLINGS:
-        expected = generate(gpt, [0, 3, 1], engine="eager", **sampling)
-        assert torch.equal(generate(gpt, [0, 3, 1], engine="compiled", **sampling), expected)
-    assert not graphs._Compiler.broken and recorder.replayed == 9 * len(SAMPLINGS)
-
-
-def test_one_compilation_serves_all_layers_lengths_positions_and_later_runs(recorder, quick_compiler):
-    gpt = tiny_gpt(layers=5, depth_layers=4, num_codebooks=4)
-    generate(gpt, [0, 3, 1], engine="compiled")
-    # Each for the trunk, for a position's first code, which has no queries, and for the others.
-    assert quick_compiler == {"enter": 3, "pass_on": 3, "leave": 3}
-    generate(gpt, [0, 3, 1], engine="compiled", seed=1, temperature=0.5)
-    assert quick_compiler.total() == 9
-
-
-def test_many_batch_sizes_stay_compiled(quick_compiler):
-    gpt = tiny_gpt(layers=2, num_positions=1)
-    for batch in range(2, 14):  # more than torch's own limit of eight
-        generate(gpt, [0] * batch, engine="compiled")
-    assert quick_compiler["leave"] == 3 * 12
-
-
-@pytest.mark.parametrize("changes", [{}, SINGLE], ids=["K=3", "K=1"])
-def test_a_compiler_that_fails_is_one_line_and_the_blocks_run_uncompiled(monkeypatch, caplog, changes):
-    def broken(graph, inputs):
-        raise RuntimeError("no C compiler\nand much more to say about it")
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(graphs._Compiler, "broken", False)
-    monkeypatch.setattr(graphs._Compiler, "compiled", staticmethod(lambda f: torch.compile(f, backend=broken)))
-    gpt = tiny_gpt(**changes)
-    for _ in range(2):
-        codes = generate(gpt, [0, 3, 1], engine="compiled")
-    assert torch.equal(codes, generate(gpt, [0, 3, 1], engine="eager"))
-    (line,) = [record.getMessage() for record in caplog.records if record.name == graphs.__name__]
-    assert "torch.compile failed" in line and "blocks run uncompiled" in line and "\n" not in line
-    torch._dynamo.reset()
+# Of a trunk layer, of a depth layer over all eight codes, and of all the rest with a trunk and a depth layer taken off.
+@pytest.mark.parametrize(
+    ("ours", "dtype", "trunk", "head", "rest"),
+    [
+        (True, torch.bfloat16, 9, 72, 43),
+        (True, torch.float32, 9, 72, 43),
+        (False, torch.bfloat16, 13, 79, 320),
+        (False, torch.float32, 11, 79, 320),
+    ],
+)
+def test_a_layer_runs_few_kernels(monkeypatch, ours, dtype, trunk, head, rest):
+    if ours:
+        monkeypatch.setattr(fixed, "KERNELS", {"cpu": "ours"})
+        monkeypatch.setattr(fixed, "_load", lambda name: OneKernelEach)
+    least = kernels_of_a_step(1, 1, dtype)
+    assert kernels_of_a_step(2, 1, dtype) - least <= trunk
+    assert kernels_of_a_step(1, 2, dtype) - least <= head
+    assert least - trunk - head <= rest
 
 
 def test_packed_caches_are_only_read_up_to_the_position():

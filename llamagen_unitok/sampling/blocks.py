@@ -84,12 +84,14 @@ class FixedWeights:
             self.codes = torch.cat([table.weight for table in tables]) if several else tables[0].weight  # (K·V, C)
             self.head_codes = [table.weight for table in (head.codebooks if several else ())]
             self.first_rows = torch.arange(len(tables), device=self.codes.device) * config.codebook_size
+            self.table = gpt.rope.table
             self.turns = whole_turns(gpt.rope.table, config.heads + config.kv_heads, config.kv_heads)
             self.last = LastWeights(gpt.norm.weight, None, None, gpt.norm.eps)
             output = head.linear_head if several else head
             self.head_last = LastWeights(
                 head.norm.weight if several else None, output.weight, output.bias, config.norm_eps
             )
+            self.steps = torch.arange(config.num_codebooks, device=self.codes.device)
             positions = torch.arange(config.num_positions, device=self.codes.device)
             ahead = positions > positions[:, None]
             self.masks = torch.zeros_like(ahead, dtype=self.codes.dtype).masked_fill_(ahead, -torch.inf)  # (L, L)

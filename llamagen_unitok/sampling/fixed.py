@@ -1,8 +1,8 @@
 """A position as one step whose shapes never change: the position lives on the device, so a step can be recorded once
 as a CUDA graph and replayed (see graphs.py).
 
-One step is a whole position: the trunk's step, K depth steps, guidance, draws, and the writing of the codes. Attention
-reads the cache up to one of `LENGTHS` lengths.
+One step is a whole position: the trunk's step, K depth steps, guidance, draws, and the writing of the codes. Where
+kernels.py runs, attention reads the cache up to the position, else up to one of `LENGTHS` lengths.
 """
 
 from __future__ import annotations
@@ -10,22 +10,31 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llamagen_unitok.gpt import GPT
-from llamagen_unitok.sampling.blocks import BlockWeights, FixedWeights, enter, finish, leave, pass_on
+from llamagen_unitok.sampling.blocks import (
+    BlockWeights,
+    FixedWeights,
+    LastWeights,
+    enter,
+    finish,
+    leave,
+    pass_on,
+)
 from llamagen_unitok.sampling.draws import Draw
 from llamagen_unitok.sampling.kept import Kept
 from llamagen_unitok.sampling.steps import Run
 
 LENGTHS = 4  # of the cache, in equal parts of the sequence: attention reads an eighth more than it needs, on average
 
-# Device types whose draws run as one kernel, and the module that holds it.
+# Device types with kernels of their own, and the module that holds them.
 KERNELS = {"cuda": "llamagen_unitok.sampling.kernels"}
 
 _log = logging.getLogger(__name__)
@@ -95,8 +104,8 @@ class FixedEngine:
         if isinstance(run.chooser, Draw):
             self.buffers.uniforms.copy_(run.chooser.uniforms)
             self.chooser = run.chooser.over(self.buffers.uniforms)
-        self.choice = self._one_kernel_choice()
-        self.buffers.restart()
+        self.kernels = self._working_kernels()
+        self.buffers.restart()  # trying kernels leaves traces
 
     @property
     def codes(self) -> Tensor:
@@ -107,8 +116,10 @@ class FixedEngine:
         return self.buffers.finite
 
     def length_at(self, p: int) -> int:
-        """How much of the cache a step at position p reads: the shortest of a few lengths that holds it."""
+        """How much of the cache a step at position p may read: the shortest of a few lengths that holds it."""
         positions = self.config.num_positions
+        if self.kernels is not None:
+            return positions  # the kernel reads no more than it needs
         part = -(-positions // LENGTHS)
         return min(positions, (p // part + 1) * part)
 
@@ -139,69 +150,89 @@ class FixedEngine:
     def _trunk(self, x: Tensor, rows: int, length: int) -> Tensor:
         """Embeddings x (rows, C) → final-normed hidden states (rows, C)."""
         here, weights = self.buffers.position, self.weights
-        turn = weights.turns.index_select(0, here)
-        mask = weights.masks.index_select(0, here)[None, None, :, :length]
+        turn = mask = None
+        if self.kernels is None:
+            turn = weights.turns.index_select(0, here)
+            mask = weights.masks.index_select(0, here)[None, None, :, :length]
+
+        def attend(qkv: Tensor, cache: Tensor, block: BlockWeights) -> Tensor:
+            if self.kernels is not None:
+                return self.kernels.attend(qkv, cache, here, block.heads, weights.table)
+            cache.index_copy_(2, here, qkv[:, block.heads :].unsqueeze(2))
+            return _attend(qkv[:, : block.heads], cache, block, mask)
+
         caches = self.buffers.caches[:, :rows, :, :length]
-        layers = weights.layers
-        qkv = self.enter(x, layers[0], turn)
-        for number, (block, cache) in enumerate(zip(layers, caches, strict=True), start=1):
-            q, new = qkv.split((block.heads, 2 * block.kv_heads), dim=1)
-            cache.index_copy_(2, here, new.unsqueeze(2))
-            y = _attend(q, cache, block, mask)
-            if number < len(layers):
-                x, qkv = self.pass_on(x, y, block, layers[number], turn)
-        return self.leave(x, y, block, weights.last)
+        return self._stack(x, weights.layers, weights.layers, caches, turn, attend, weights.last)
 
     def _head(self, x: Tensor, k: int) -> Tensor:
         """Logits (rows, V) of codebook k; x (rows, C) is the hidden state for k = 0, else code k - 1 embedded."""
-        weights, caches = self.weights, self.buffers.head_caches[:, : len(x)]
+        weights = self.weights
         layers = weights.head_layers
         if not layers:
             return finish(x, weights.head_last)
-        entering = layers if k else weights.first_head_layers
-        qkv = self.enter(x, entering[0], None)
-        for number, (block, cache) in enumerate(zip(layers, caches, strict=True), start=1):
+
+        def attend(qkv: Tensor, cache: Tensor, block: BlockWeights) -> Tensor:
+            if self.kernels is not None:
+                return self.kernels.attend(qkv, cache, weights.steps[k : k + 1], block.heads, None)
             new = qkv[:, -2 * block.kv_heads :]
             cache[:, :, k] = new
             # The first code sees only itself.
-            y = _attend(qkv[:, : block.heads], cache[:, :, : k + 1], block, None) if k else _values(new, block)
+            return _attend(qkv[:, : block.heads], cache[:, :, : k + 1], block, None) if k else _values(new, block)
+
+        entering = layers if k else weights.first_head_layers
+        caches = self.buffers.head_caches[:, : len(x)]
+        return self._stack(x, layers, entering, caches, None, attend, weights.head_last)
+
+    def _stack(
+        self,
+        x: Tensor,
+        layers: Sequence[BlockWeights],
+        entering: Sequence[BlockWeights],
+        caches: Tensor,
+        turn: Tensor | None,
+        attend: Callable[[Tensor, Tensor, BlockWeights], Tensor],
+        last: LastWeights,
+    ) -> Tensor:
+        """x (rows, C) through blocks, whose attention is entered with the weights `entering`, and what is `last`."""
+        qkv = self.enter(x, entering[0], turn)
+        for number, (block, cache) in enumerate(zip(layers, caches, strict=True), start=1):
+            y = attend(qkv, cache, block)
             if number < len(layers):
-                x, qkv = self.pass_on(x, y, block, entering[number], None)
-        return self.leave(x, y, block, weights.head_last)
+                x, qkv = self.pass_on(x, y, block, entering[number], turn)
+        return self.leave(x, y, block, last)
 
     def _choose(self, logits: Tensor, k: int) -> Tensor:
         """Logits (rows, V) of codebook k → codes (B,)."""
-        if self.choice is not None:
-            return self.choice(logits, k)
-        guided = self._guide(logits.float())
-        if k == 0:
-            self.buffers.finite.logical_and_(guided.isfinite().all())
-        return self.chooser(guided, self.buffers.position, k)
-
-    def _one_kernel_choice(self) -> Callable[[Tensor, int], Tensor] | None:
-        """`_choose` as one kernel; None where this device, Triton or the chooser has none."""
-        buffers, draw, kind = self.buffers, self.chooser, self.codes.device.type
-        if kind not in KERNELS or not isinstance(draw, Draw):
-            return None
-        kernels = _load(KERNELS[kind])
-        if kernels is None or self.config.codebook_size > kernels.LARGEST_VOCABULARY:
-            return None
-
-        def choice(logits: Tensor, k: int) -> Tensor:
-            return kernels.guided_choice(
+        buffers, draw = self.buffers, self.chooser
+        if self.kernels is not None and isinstance(draw, Draw):
+            return self.kernels.guided_choice(
                 logits, buffers.uniforms, buffers.scales, buffers.position, buffers.finite, k,
                 draw.temperature, draw.top_k, draw.top_p,
             )  # fmt: skip
+        guided = self._guide(logits.float())
+        if k == 0:
+            buffers.finite.logical_and_(guided.isfinite().all())
+        return draw(guided, buffers.position, k)
 
+    def _working_kernels(self) -> ModuleType | None:
+        """kernels.py; None where this device or installation has none that run."""
+        kind = self.codes.device.type
+        kernels = _load(KERNELS[kind]) if kind in KERNELS else None
+        if kernels is None or self.config.codebook_size > kernels.LARGEST_VOCABULARY:
+            return None
+        self.kernels = kernels
         try:  # a compiler may be missing on this machine, or not know this device
-            choice(buffers.prefix.new_zeros(self.run.rows, self.config.codebook_size), 0)
+            hidden = self._trunk(torch.zeros_like(self.buffers.prefix), self.run.rows, self.length_at(0))
+            logits = self._head(hidden, 0)
+            if isinstance(self.chooser, Draw):
+                self._choose(logits, 0)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            _log.warning("the kernel for draws does not run here (%s): slower ones draw", type(error).__name__)
+            _log.warning("Triton's kernels do not run here (%s): slower ones do", type(error).__name__)
             KERNELS.pop(kind)
             return None
-        return choice
+        return kernels
 
     def _guide(self, logits: Tensor) -> Tensor:
         batch = self.run.batch
@@ -231,7 +262,7 @@ def _values(new: Tensor, block: BlockWeights) -> Tensor:
 
 
 @functools.cache
-def _load(name: str):
+def _load(name: str) -> ModuleType | None:
     """The module, or None without Triton."""
     try:
         return importlib.import_module(name)

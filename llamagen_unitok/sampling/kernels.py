@@ -1,9 +1,13 @@
-"""Guidance, filters and draw as one GPU kernel without a sort: a row of logits a program, from logits to a code.
+"""What plain PyTorch takes several GPU kernels for in a step of fixed shape, as one each. Triton is optional: importing
+this file without it raises ImportError.
 
+Attention: rotation, writing of keys and values, and attention up to the position, which is read on the device.
+
+Choice: guidance, filters and draw without a sort, a row of logits a program, from logits to a code.
 filters.py says what is kept and drawn; here top-k and top-p find the smallest kept logit bit by bit, in 32 rounds of
 counting what is above (FlashInfer's sort-free sampling, arXiv 2501.01005, rejects in place of counting). Sums are added
 in another order than there, so an entry whose cumulative probability is within rounding of top_p, or of the uniform,
-can fall on the other side. Triton is optional: importing this file without it raises ImportError.
+can fall on the other side.
 """
 
 from __future__ import annotations
@@ -141,3 +145,105 @@ def guided_choice(
         num_warps=min(16, max(4, block // 512)),
     )
     return chosen
+
+
+@triton.jit
+def _turned(pointer, d, inside, turns_ptr, TURNING: tl.constexpr):
+    """Channels d of a head, turned by one position's table (D/2, 2), in float32."""
+    x = tl.load(pointer + d, mask=inside, other=0.0).to(tl.float32)
+    if TURNING:
+        partner = tl.load(pointer + (d ^ 1), mask=inside, other=0.0).to(tl.float32)
+        cosine = tl.load(turns_ptr + (d // 2) * 2, mask=inside, other=0.0)
+        sine = tl.load(turns_ptr + (d // 2) * 2 + 1, mask=inside, other=0.0)
+        x = x * cosine + tl.where(d % 2 == 0, -partner, partner) * sine
+    return x
+
+
+@triton.jit
+def attend_kernel(
+    qkv_ptr,  # (rows, H + 2 kv, D) before turning; (rows, 2 kv, D) without QUERIES
+    cache_ptr,  # (rows, 2 kv, length, D), keys before values, filled before the position; the position is written
+    turns_ptr,  # (length + 1, D/2, 2) float32
+    position_ptr,  # (1,) int64
+    y_ptr,  # (rows, H, D), written
+    heads,
+    kv_heads,
+    cache_row_stride,
+    cache_head_stride,
+    scale,
+    QUERIES: tl.constexpr,
+    TURNING: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    group = heads // kv_heads
+    kv_head = head // group
+    position = tl.load(position_ptr).to(tl.int32)
+    d = tl.arange(0, BLOCK_D)
+    inside = d < WIDTH
+    turns = turns_ptr + position * WIDTH
+    queries = heads if QUERIES else 0
+    row_ptr = qkv_ptr + row * (queries + 2 * kv_heads) * WIDTH
+    kind = cache_ptr.dtype.element_ty
+    # Rounded as they are stored, so that a position sees itself as later ones will see it.
+    k = _turned(row_ptr + (queries + kv_head) * WIDTH, d, inside, turns, TURNING).to(kind)
+    v = tl.load(row_ptr + (queries + kv_heads + kv_head) * WIDTH + d, mask=inside, other=0.0)
+    keys_ptr = cache_ptr + row * cache_row_stride + kv_head * cache_head_stride
+    values_ptr = keys_ptr + kv_heads * cache_head_stride
+    answer = v.to(tl.float32)
+    if QUERIES:
+        q = _turned(row_ptr + head * WIDTH, d, inside, turns, TURNING).to(kind).to(tl.float32) * scale
+        largest = tl.sum(q * k.to(tl.float32))
+        total = 1.0
+        for start in range(0, position, BLOCK_T):
+            t = start + tl.arange(0, BLOCK_T)
+            before = t < position
+            where = t[:, None] * WIDTH + d[None, :]
+            seen = before[:, None] & inside[None, :]
+            scores = tl.sum(tl.load(keys_ptr + where, mask=seen, other=0.0).to(tl.float32) * q[None, :], axis=1)
+            scores = tl.where(before, scores, -float("inf"))
+            larger = tl.maximum(largest, tl.max(scores))
+            weights = tl.exp(scores - larger)
+            shrink = tl.exp(largest - larger)
+            values = tl.load(values_ptr + where, mask=seen, other=0.0).to(tl.float32)
+            answer = answer * shrink + tl.sum(weights[:, None] * values, axis=0)
+            total = total * shrink + tl.sum(weights)
+            largest = larger
+        answer = answer / total
+    tl.store(y_ptr + (row * heads + head) * WIDTH + d, answer.to(kind), mask=inside)
+    first = inside & (head % group == 0)
+    tl.store(keys_ptr + position * WIDTH + d, k, mask=first)
+    tl.store(values_ptr + position * WIDTH + d, v, mask=first)
+
+
+def attend(qkv: Tensor, cache: Tensor, position: Tensor, heads: int, turns: Tensor | None) -> Tensor:
+    """Queries, keys and values qkv (rows, H + 2 kv, D) of one position, not turned → attention's answer (rows, H·D).
+
+    cache: (rows, 2 kv, length, D), keys before values, filled before the position, which is written.   position: (1,)
+    int64.   turns: (length + 1, D/2, 2) float32, or None without positions.
+    Where the position is 0, qkv may lack the queries, (rows, 2 kv, D): it sees only itself.
+    """
+    rows, _, width = qkv.shape
+    kv_heads = cache.shape[1] // 2
+    y = qkv.new_empty(rows, heads * width)
+    attend_kernel[(rows, heads)](
+        qkv.contiguous(),
+        cache,
+        qkv if turns is None else turns,
+        position,
+        y,
+        heads,
+        kv_heads,
+        cache.stride(0),
+        cache.stride(1),
+        width**-0.5,
+        QUERIES=qkv.shape[1] > 2 * kv_heads,
+        TURNING=turns is not None,
+        WIDTH=width,
+        BLOCK_D=triton.next_power_of_2(width),
+        BLOCK_T=min(64, triton.next_power_of_2(cache.shape[2])),
+        num_warps=4,
+    )
+    return y
