@@ -9,6 +9,7 @@ python evaluate.py --diagnose checkpoints/emoji --codes runs/codes --pictures di
 """
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from llamagen_unitok.evaluation.diagnostics import DiagnosisSettings, diagnose
-from llamagen_unitok.evaluation.extractors import EXTRACTORS, make_extractor, pooled_features
+from llamagen_unitok.evaluation.extractors import EXTRACTORS, Extractor, make_extractor, pooled_features
 from llamagen_unitok.evaluation.figures import (
     BiasedFigureWarning,
     EvaluationSettings,
@@ -32,8 +33,9 @@ from llamagen_unitok.evaluation.references import ADM_PICTURES, Reference, make_
 from llamagen_unitok.pipeline import DTYPES, ImageGenerator
 from llamagen_unitok.published.cache import locate_model
 from llamagen_unitok.runtime.distributed import pick_device, processes
+from llamagen_unitok.runtime.errors import ToldByMain
 from llamagen_unitok.runtime.files import check_writable_file, replacing
-from llamagen_unitok.runtime.flags import Parser, add_flags, run_cli, settings_from
+from llamagen_unitok.runtime.flags import Parser, add_flags, given_flags, run_cli, settings_from
 from llamagen_unitok.sampling import SamplingConfig
 from modelfolder import content_hash
 from tokenizer import load_tokenizer
@@ -49,8 +51,28 @@ def main(argv: list[str] | None = None) -> int:
     if "--diagnose" in words:
         flags = build_diagnosis_parser().parse_args(argv)
         return run_cli(lambda: measure_generator(flags))
-    flags = build_parser().parse_args(argv)
-    return run_cli(lambda: make(flags) if flags.make_reference else evaluate(flags))
+    parser = build_parser()
+    flags = parser.parse_args(argv)
+
+    def body() -> None:
+        given = given_flags(parser, argv)
+        if flags.make_reference:
+            refuse_flags("--make-reference", given & {"reference", "json", "metrics"}, "is for measuring samples")
+            if flags.samples:
+                raise ValueError(f"--make-reference takes its pictures itself: leave out {flags.samples}")
+            make(flags)
+        else:
+            refuse_flags("without --make-reference", given & {"out", "pictures"}, "is for making a reference")
+            evaluate(flags)
+
+    return run_cli(body)
+
+
+def refuse_flags(here: str, given: set[str], reason: str) -> None:
+    """ValueError, in one line, for flags that would have no effect."""
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))
+        raise ValueError(f"{here}: {names} {reason}, leave it out")
 
 
 def build_parser() -> Parser:
@@ -85,13 +107,15 @@ def evaluate(flags) -> None:
         raise ValueError("SAMPLES and --reference are needed, as in evaluate.py samples.npz --reference real.npz")
     if flags.json:
         check_writable_file("--json", flags.json, (".json",))
-    open_images(flags.samples), Reference(flags.reference)  # before the network is read
+    # before the network is read
+    open_images(flags.samples)
+    reference = Reference(flags.reference)
     with processes(flags.device) as world, warnings.catch_warnings():
         warnings.simplefilter("ignore", BiasedFigureWarning)  # printed below
         extractor = shared_extractor(settings, world)
         result = evaluate_samples(
             flags.samples,
-            flags.reference,
+            reference,
             extractor,
             metrics=settings.metric_names(),
             batch_size=settings.batch_size,
@@ -100,8 +124,7 @@ def evaluate(flags) -> None:
         if not world.is_main:
             return
         record = evaluation_record(result, flags.samples, flags.reference, extractor)
-    for text in record["warnings"]:
-        print(f"warning: {text}", file=sys.stderr)
+    tell(record["warnings"])
     width = max(map(len, record["figures"]))
     for name, value in record["figures"].items():
         print(f"{name:{width}}  {value:.6g}")
@@ -148,24 +171,42 @@ def build_reconstruction_parser() -> Parser:
     return parser
 
 
+def check_alone(flag: str) -> None:
+    """ValueError, told by the first process, where torchrun has started several: each would do all of the work."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        error = ValueError if os.environ.get("RANK", "0") == "0" else ToldByMain
+        raise error(f"{flag} runs in one process: start it with python, not with torchrun")
+
+
+def network_from(flags, device) -> Extractor | None:
+    """The network of --features, if it is given; ValueError for weights that nothing would read."""
+    if flags.inception_weights and flags.features != "inception":
+        raise ValueError("--inception-weights goes with --features inception")
+    return make_extractor(flags.features, flags.inception_weights, device) if flags.features else None
+
+
 def measure_tokenizer(flags) -> None:
     """Pictures there and back; with --features also the Fréchet distance between both sets."""
+    check_alone("--reconstruct")
     settings = settings_from(ReconstructionSettings, flags)
     if flags.json:
         check_writable_file("--json", flags.json, (".json",))
     device = pick_device(flags.device)
     folder = locate_model(flags.tokenizer)
+    extractor = network_from(flags, device)
     tokenizer = load_tokenizer(folder).to(device)
-    extractor = make_extractor(flags.features, flags.inception_weights, device) if flags.features else None
     distance = ReconstructionDistance(extractor) if extractor else None
     figures = reconstruct(tokenizer, settings, observers=[distance] if distance else [])
     if distance:
         figures |= distance.figures()
+    warned = distance.warnings() if distance else []
     record = {
         "figures": figures,
         "tokenizer": {"name": str(flags.tokenizer), "hash": content_hash(tokenizer_folder(folder))},
+        "warnings": warned,
         **origin(extractor),
     }
+    tell(warned)
     for name in ("psnr_db", "ssim", "lpips"):
         values = figures[name]
         shown = f"mean {values['mean']:.4g}, worst {values['worst']:.4g}" if values else figures["lpips_left_out"]
@@ -188,6 +229,7 @@ def build_diagnosis_parser() -> Parser:
     add_flags(parser, DiagnosisSettings)
     add_flags(parser.add_argument_group("how samples are drawn"), SamplingConfig)
     parser.add_argument("--features", choices=EXTRACTORS, metavar="NAME", help="network of the class retrieval")
+    parser.add_argument("--inception-weights", type=Path, metavar="FILE", help="see evaluate.py --help")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and where they come from")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto is fp32 on cpu, bf16 on cuda")
@@ -196,13 +238,14 @@ def build_diagnosis_parser() -> Parser:
 
 def measure_generator(flags) -> None:
     """A generator against its training codes."""
+    check_alone("--diagnose")
     settings, sampling = settings_from(DiagnosisSettings, flags), settings_from(SamplingConfig, flags)
     if flags.json:
         check_writable_file("--json", flags.json, (".json",))
     device = pick_device(flags.device)
     folder = locate_model(flags.diagnose)
+    extractor = network_from(flags, device)
     hashes = model_record(folder)
-    extractor = make_extractor(flags.features, device=device) if flags.features else None
     generator = ImageGenerator.from_pretrained(folder, device=device, dtype=flags.dtype)
     generator.tokenizer.to(device)
     figures = diagnose(
@@ -222,6 +265,12 @@ def measure_generator(flags) -> None:
     if extractor:
         print(f"class retrieval  {figures['retrieval']['accuracy']:.1%} (chance {figures['retrieval']['chance']:.2%})")
     write_json(flags.json, {"figures": figures, "checkpoint": {"name": flags.diagnose, **hashes}, **origin(extractor)})
+
+
+def tell(warned: list[str]) -> None:
+    """Print warnings, one a line."""
+    for text in warned:
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def write_json(path: Path | None, record: dict) -> None:

@@ -51,8 +51,13 @@ def main(argv: list[str] | None = None) -> int:
             if flags.threads < 1:
                 raise ValueError(f"--threads must be a whole number of at least 1, got {flags.threads}")
             torch.set_num_threads(flags.threads)
+        given = given_flags(parser, argv)
         if flags.preset:
-            apply_preset(flags.preset, flags, given_flags(parser, argv))
+            apply_preset(flags.preset, flags, given)
+        if flags.num_samples is None and "labels" in given:
+            raise ValueError("--labels is for a large run: give --num-samples as well, or leave it out")
+        if flags.num_samples is not None and "num" in given:
+            raise ValueError("--num counts pictures of each class, --num-samples those of all: leave one of them out")
         if flags.list_classes:
             list_classes(flags)
         elif flags.num_samples is not None:
@@ -120,7 +125,11 @@ def build_parser() -> Parser:
     many.add_argument(
         "--labels", default=SampleRun.labels, choices=LABEL_SCHEMES, help="as many of each class, or drawn"
     )
-    many.add_argument("--preset", metavar="NAME", help=f"a published table row: {', '.join(list(PRESETS)[:3])} …")
+    many.add_argument(
+        "--preset",
+        metavar="NAME",
+        help=f"a published table row, with random labels: {', '.join(list(PRESETS)[:2])} …",
+    )
     return parser
 
 
@@ -174,7 +183,13 @@ def sample_many(flags) -> None:
         run = replace(run, batch_size=size)
         classes = generator.names.parse(flags.classes) if flags.classes is not None else None
         record = sample_record(
-            generator, model_record(folder, tokenizer), run, config, classes=classes, engine=flags.engine
+            generator,
+            model_record(folder, tokenizer),
+            run,
+            config,
+            classes=classes,
+            engine=flags.engine,
+            preset=flags.preset,
         )
         started = time.perf_counter()
         made = run_samples(generator, record, flags.npz, world)

@@ -14,13 +14,15 @@ from llamagen_unitok.evaluation.references import Reference
 from llamagen_unitok.evaluation.report import write_report
 from llamagen_unitok.evaluation.samples import LABEL_SCHEMES, SampleRun
 from llamagen_unitok.evaluation.sweep import Sweep, grid
-from llamagen_unitok.pipeline import DTYPES
+from llamagen_unitok.pipeline import DECODERS, DTYPES
 from llamagen_unitok.runtime.distributed import processes
 from llamagen_unitok.runtime.files import check_writable_folder
 from llamagen_unitok.runtime.flags import Parser, add_flags, list_of, run_cli, settings_from
-from llamagen_unitok.sampling import SamplingConfig
+from llamagen_unitok.sampling import ENGINES, SamplingConfig
+from llamagen_unitok.sampling.batches import number_or_auto
 from tokenizer.images import Resize
 
+QUICK_STEPS = 4  # of a search for the best guidance: they shrink the interval that holds it to a quarter
 SHIPPED = Path(__file__).resolve().parent / "checkpoints" / "emoji"
 
 
@@ -41,7 +43,7 @@ def build_parser() -> Parser:
         field = SamplingConfig.__dataclass_fields__[name]
         what.add_argument(
             field.metadata["flag"], dest=name, type=list_of(kind), default=[field.default], metavar="LIST",
-            help=f"{field.metadata['help'].replace('%', '%%')} (default {field.default})",
+            help=HELP.get(name) or f"{field.metadata['help'].replace('%', '%%')} (default {field.default})",
         )  # fmt: skip
     what.add_argument("--seed", type=int, default=0, metavar="N", help="of every setting (default 0)")
     much = parser.add_argument_group("how much")
@@ -50,16 +52,28 @@ def build_parser() -> Parser:
         "--budget", type=int, metavar="N", help="a quick look: N samples a setting, then --num-samples of the best"
     )
     much.add_argument(
-        "--refine", type=int, default=0, metavar="N", help="golden-section steps for the best guidance, after the grid"
+        "--refine",
+        type=int,
+        metavar="N",
+        help=f"golden-section steps for the best guidance, after the grid (default 0; {QUICK_STEPS} with --budget)",
     )
     much.add_argument("--labels", default=SampleRun.labels, choices=LABEL_SCHEMES, help="as many of each, or drawn")
     much.add_argument(
-        "--batch-size", type=int, default=SampleRun.batch_size, metavar="N", help="pictures sampled at once"
+        "--batch-size",
+        dest="sampled_at_once",  # batch_size is that of the features
+        type=number_or_auto,
+        default=SampleRun.batch_size,
+        metavar="N",
+        help=f"pictures sampled at once (default {SampleRun.batch_size}), or auto: what memory holds",
     )
     much.add_argument("--tokenizer", metavar="DIR_OR_HUB_ID", help="a tokenizer, if not the bundles' own")
     much.add_argument("--resize", metavar="N[:bicubic]", help="side in pixels, by area, or as LlamaGen: bicubic")
     much.add_argument("--device", default="auto", help="auto, cpu or cuda")
     much.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto is fp32 on cpu, bf16 on cuda")
+    much.add_argument(
+        "--engine", default="auto", choices=["auto", *ENGINES], help="auto: packed (cpu), compiled (cuda)"
+    )
+    much.add_argument("--decoder", default="plain", choices=DECODERS, help="plain is exact; see sample.py")
     measure = parser.add_argument_group("how to measure")
     measure.add_argument("--reference", type=Path, required=True, metavar="REF", help="see evaluate.py")
     add_flags(measure, EvaluationSettings, rename={"batch_size": "features-batch-size"})
@@ -69,16 +83,22 @@ def build_parser() -> Parser:
     return parser
 
 
+def whole_or_none(text: str) -> int | None:
+    """A whole number, or None for "none"."""
+    return None if text == "none" else int(text)
+
+
 # What a grid can vary, and the type of one value.
 VALUES = {
     "cfg_scale": float,
     "cfg_schedule": str,
     "cfg_power": float,
-    "cfg_interval": int,
+    "cfg_interval": whole_or_none,
     "temperature": float,
     "top_k": int,
     "top_p": float,
 }
+HELP = {"cfg_interval": "N: guide positions 0 to N+1 only; none: all (default none)"}
 
 
 def sweep(flags) -> None:
@@ -88,34 +108,39 @@ def sweep(flags) -> None:
     resize = Resize.parse(flags.resize) if flags.resize is not None else None
     measuring = settings_from(EvaluationSettings, flags)
     quick = flags.num_samples if flags.budget is None else flags.budget
+    at_once = flags.sampled_at_once
     for count in (quick, flags.num_samples):
-        SampleRun(count, flags.labels, flags.batch_size)
-    if flags.refine < 0:
-        raise ValueError(f"--refine must be a whole number of at least 0, got {flags.refine}")
+        SampleRun(count, flags.labels, SampleRun.batch_size if at_once == "auto" else at_once)
+    refine = flags.refine if flags.refine is not None else 0 if flags.budget is None else QUICK_STEPS
+    if refine < 0:
+        raise ValueError(f"--refine must be a whole number of at least 0, got {refine}")
     flags.out.mkdir(parents=True, exist_ok=True)
     check_writable_folder("--out", flags.out)
-    Reference(flags.reference)  # before any work
     with processes(flags.device) as world, warnings.catch_warnings():
         warnings.simplefilter("ignore", BiasedFigureWarning)  # each row says it
+        reference = world.together(lambda: Reference(flags.reference))
         extractor = shared_extractor(measuring, world)
         run = Sweep(
             flags.out,
-            flags.reference,
+            reference,
             extractor,
             world,
             labels=flags.labels,
-            batch_size=flags.batch_size,
+            batch_size=at_once,
             tokenizer=flags.tokenizer,
             dtype=flags.dtype,
+            engine=flags.engine,
+            decoder=flags.decoder,
             resize=resize,
             metrics=measuring.metric_names(),
             keep_samples=flags.keep_samples,
         )
+        run.check(settings, (quick, flags.num_samples))
         for number, setting in enumerate(settings, start=1):
             row = run.measure(setting, quick)
             if world.is_main:
                 print(f"{number}/{len(settings)}  {describe(setting)}  {extractor.frechet_name} {run.frechet(row):.4g}")
-        run.refine(settings, flags.refine, quick)
+        run.refine(settings, refine, quick)
         if quick != flags.num_samples:
             run.confirm(flags.num_samples)
         if world.is_main:

@@ -1,5 +1,6 @@
 """evaluate.py: references, extractors, one pass over the samples, equal figures from many processes, clear refusals."""
 
+import hashlib
 import json
 import os
 import socket
@@ -22,6 +23,7 @@ from llamagen_unitok.evaluation.images import open_images
 from llamagen_unitok.evaluation.metrics import METRICS
 from llamagen_unitok.evaluation.npz import write_npz
 from llamagen_unitok.evaluation.provenance import as_array
+from llamagen_unitok.runtime import flags
 from modelfolder import file_hash
 from tests.tiny_extractor import NamelessExtractor, TinyExtractor, pictures, write_folder
 from tokenizer.images import adm_centre_crop
@@ -331,6 +333,12 @@ def test_every_bad_input_is_one_clear_line(sets, tiny, tmp_path, capsys, monkeyp
     assert "--batch-size must be" in refusal(capsys, samples, *against, "--batch-size", 0)
     assert "--json" in refusal(capsys, samples, *against, "--json", tmp_path / "figures.txt")
     assert "--make-reference needs --out" in refusal(capsys, "--make-reference", real)
+    making = ("--make-reference", real, "--out", tmp_path / "made.npz")
+    assert "--metrics is for measuring samples" in refusal(capsys, *making, "--metrics", "FID")
+    assert "leave out" in refusal(capsys, samples, *making)
+    assert "--json, --reference is for measuring" in refusal(capsys, *making, *against, "--json", tmp_path / "a.json")
+    assert "--out is for making a reference" in refusal(capsys, samples, *against, "--out", tmp_path / "made.npz")
+    assert "--pictures is for making a reference" in refusal(capsys, samples, *against, "--pictures", 9)
 
     folder = write_folder(tmp_path / "folder", pictures(12))
     (folder / "001" / "00011.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
@@ -348,6 +356,38 @@ def test_every_bad_input_is_one_clear_line(sets, tiny, tmp_path, capsys, monkeyp
 
     monkeypatch.setitem(EXTRACTORS, "inception", Broken)
     assert "the features of picture 1 are not finite" in refusal(capsys, samples, *against, "--batch-size", 99)
+
+
+def test_reconstruction_warns_of_few_pictures_and_says_of_which_pixels_it_is(sets, tiny, bundle, tmp_path, capsys):
+    folder = write_folder(tmp_path / "five", pictures(5, size=48))
+    record = tmp_path / "figures.json"
+    arguments = ("--reconstruct", folder, "--tokenizer", bundle, "--features", "inception", "--json", record)
+    assert run(*arguments, "--device", "cpu") == 0
+    assert "warning: rFID of 5 pictures is biased upwards" in capsys.readouterr().err
+    found = json.loads(record.read_text())
+    assert len(found["warnings"]) == 1
+    assert found["figures"]["pixels_hash"] == hashlib.sha256(pictures(5, size=48).tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("what", ["--reconstruct", "--diagnose"])
+def test_what_one_process_measures_is_refused_under_torchrun_by_the_first_alone(monkeypatch, capsys, rank, what):
+    monkeypatch.setattr(flags, "TELLING_SEC", 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    rest = {"--reconstruct": ("--tokenizer", "none"), "--diagnose": ("--codes", "none")}[what]
+    assert run(what, "none", *rest) == 2
+    told = f"{what} runs in one process: start it with python, not with torchrun\n"
+    assert capsys.readouterr().err == (told if rank == "0" else "")
+
+
+@pytest.mark.parametrize("what", ["--reconstruct", "--diagnose"])
+def test_weights_for_a_network_of_ones_own_are_taken_or_refused_in_every_mode(bundle, tmp_path, capsys, what):
+    rest = {"--reconstruct": ("--tokenizer", bundle), "--diagnose": ("--codes", tmp_path)}[what]
+    weights = ("--inception-weights", tmp_path / "none.pth")
+    source = bundle if what == "--diagnose" else tmp_path
+    assert "none.pth is not there" in refusal(capsys, what, source, *rest, "--features", "inception", *weights)
+    assert "--inception-weights goes with --features inception" in refusal(capsys, what, source, *rest, *weights)
 
 
 def test_missing_inception_weights_without_network_name_the_file_and_the_place(sets, monkeypatch, tmp_path, capsys):

@@ -1,5 +1,9 @@
 """Every figure equals an independent computation: closed forms, direct formulas, brute force, torch-fidelity."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -16,6 +20,7 @@ from llamagen_unitok.evaluation.metrics.kid import kid, squared_mmd
 from llamagen_unitok.evaluation.metrics.precision_recall import manifold_shares
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def gaussian(rows: np.ndarray) -> Gaussian:
@@ -220,3 +225,24 @@ def test_every_metric_gives_what_its_row_says_and_reads_nothing_else(name):
     figures = metric.compute(samples, reference, CPU)
     assert tuple(figures) == metric.gives and all(isinstance(value, float) for value in figures.values())
     assert metric.of_samples | metric.of_reference <= set(NEEDS)
+
+
+LARGE_SHARES = """
+import resource, time
+import numpy as np
+from llamagen_unitok.evaluation.metrics.precision_recall import manifold_shares
+random = np.random.default_rng(0)
+real, generated = (random.standard_normal((count, 2048), dtype=np.float32) for count in (10_000, 50_000))
+start = time.process_time()
+precision, recall = manifold_shares(real, generated)
+print(precision, recall, time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_precision_and_recall_of_fifty_thousand_samples_never_hold_all_distances():
+    """All of them at once would be 2 GB for the sets against each other, and 10 GB for the samples among themselves."""
+    done = subprocess.run([sys.executable, "-c", LARGE_SHARES], check=True, capture_output=True, text=True, cwd=ROOT)
+    precision, recall, seconds, peak = map(float, done.stdout.split())
+    print(f"{seconds:.0f} s of a core, peak memory {peak / 1e9:.2f} GB")
+    assert peak < 3e9 and 0 < precision < 1 and 0 < recall < 1

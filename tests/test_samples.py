@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,11 +17,12 @@ import sample
 from llamagen_unitok.evaluation import samples
 from llamagen_unitok.evaluation.presets import PRESETS
 from llamagen_unitok.evaluation.provenance import model_record, read_record
-from llamagen_unitok.evaluation.samples import LABEL_SCHEMES, SampleRun, run_samples, sample_record
+from llamagen_unitok.evaluation.samples import LABEL_SCHEMES, SampleRun, run_record, run_samples, sample_record
 from llamagen_unitok.pipeline import ImageGenerator
 from llamagen_unitok.runtime.background import Background
 from llamagen_unitok.runtime.distributed import World
 from llamagen_unitok.sampling import SamplingConfig, engine_name
+from tokenizer.images import Resize
 
 ROOT = Path(sample.__file__).resolve().parent
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -179,7 +181,7 @@ def test_a_full_disk_is_found_before_the_work(job, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(samples.shutil, "disk_usage", lambda folder: usage)
     monkeypatch.setattr(samples, "generate", lambda *a, **k: pytest.fail("generated"))
-    with pytest.raises(ValueError, match="GB of disk"):
+    with pytest.raises(ValueError, match="too little room"):
         run_samples(generator, record, tmp_path / "a.npz", ALONE, progress=False)
 
 
@@ -219,20 +221,114 @@ def torchrun(processes: int, arguments: list, cwd: Path) -> subprocess.Completed
 
 
 def test_two_processes_write_the_file_that_one_writes(bundle, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(samples, "PART_PICTURES", 256)  # as the real command
     arguments = ["--checkpoint", bundle, "--num-samples", 530, "--batch-size", 50, "--device", "cpu", "--cfg", 1.5]
+    arguments = [*map(str, arguments), "--npz", "a.npz"]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    monkeypatch.setattr(sys, "argv", ["sample.py", *arguments])  # the command is a part of the record
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert sample.main([*map(str, arguments), "--npz", "one.npz"]) == 0
+        assert sample.main(arguments) == 0
     finally:
         torch.set_num_threads(threads)
     assert "530 pictures made" in capsys.readouterr().out
-    done = torchrun(2, [*arguments, "--npz", "two.npz"], tmp_path)
+    done = torchrun(2, arguments, tmp_path / "two")
     assert done.returncode == 0, done.stderr
-    assert Path("two.npz").read_bytes() == Path("one.npz").read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.npz", "two.npz"]
+    assert Path("../two/a.npz").read_bytes() == Path("a.npz").read_bytes()
+    assert [p.name for p in (tmp_path / "two").iterdir()] == ["a.npz"]
+    assert read_record(Path("a.npz"))["command"] == " ".join(["sample.py", *arguments])
+
+
+def interrupted(generator, record, path, monkeypatch):
+    """Stop a run when all of its parts are there, before they are merged."""
+    with monkeypatch.context() as patch:
+        patch.setattr(samples, "_merge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_samples(generator, record, path, ALONE, progress=False)
+    return sorted(path.with_name(path.name + ".parts").glob("part-*"))
+
+
+def test_parts_on_disk_count_as_room_that_a_resumed_run_has(job, tmp_path, monkeypatch):
+    generator, record = job
+    parts = interrupted(generator, record, tmp_path / "a.npz", monkeypatch)
+    there = sum(part.stat().st_size for part in parts)
+    free = type("Usage", (), {"free": int(1.1 * there)})  # enough for the merged file alone
+    monkeypatch.setattr(samples.shutil, "disk_usage", lambda folder: free)
+    assert run_samples(generator, record, tmp_path / "a.npz", ALONE, progress=False) == 0
+    assert (tmp_path / "a.npz").exists()
+    monkeypatch.setattr(samples, "generate", lambda *a, **k: pytest.fail("generated"))
+    with pytest.raises(ValueError, match=r"needs 0\.2 MB more while it is written, and 0\.1 MB are free"):
+        run_samples(generator, record, tmp_path / "b.npz", ALONE, progress=False)
+
+
+def test_the_room_that_a_run_needs_is_that_of_its_resized_pictures(job, tmp_path, monkeypatch):
+    generator, _ = job
+    generator.resize = Resize(480)
+    free = type("Usage", (), {"free": 10_000_000})
+    monkeypatch.setattr(samples.shutil, "disk_usage", lambda folder: free)
+    record = sample_record(generator, {}, RUN, SamplingConfig())
+    with pytest.raises(ValueError, match=r"needs 15\.2 MB more"):  # 2 · 11 · 3 · 480²
+        run_samples(generator, record, tmp_path / "a.npz", ALONE, progress=False)
+
+
+def test_what_a_killed_merge_left_is_removed(job, tmp_path, monkeypatch):
+    generator, record = job
+    interrupted(generator, record, tmp_path / "a.npz", monkeypatch)
+    (tmp_path / ".a.npz.123.tmp").write_bytes(b"gigabytes")
+    (tmp_path / ".b.npz.123.tmp").write_bytes(b"of another run")
+    run_samples(generator, record, tmp_path / "a.npz", ALONE, progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".b.npz.123.tmp", "a.npz"]
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut short", "another shape"])
+def test_a_part_that_a_crash_damaged_is_made_again(job, tmp_path, monkeypatch, damage):
+    generator, record = job
+    run_samples(generator, record, tmp_path / "whole.npz", ALONE, progress=False)
+    part = interrupted(generator, record, tmp_path / "a.npz", monkeypatch)[1]
+    if damage == "another shape":
+        np.savez(part, arr_0=np.zeros((2, 48, 48, 3), np.uint8), codes=np.zeros((4, 9, 3), np.uint16))
+    else:
+        part.write_bytes(part.read_bytes()[: 0 if damage == "empty" else -100])
+    assert run_samples(generator, record, tmp_path / "a.npz", ALONE, progress=False) == 4
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
+def test_a_part_whose_checksum_fails_is_named_and_made_again_by_the_next_start(job, tmp_path, monkeypatch):
+    generator, record = job
+    run_samples(generator, record, tmp_path / "whole.npz", ALONE, progress=False)
+    part = interrupted(generator, record, tmp_path / "a.npz", monkeypatch)[1]
+    data = bytearray(part.read_bytes())
+    data[5000:6000] = bytes(1000)
+    part.write_bytes(data)
+    with pytest.raises(ValueError, match=r"part-00001.*it is removed: the same command makes it again"):
+        run_samples(generator, record, tmp_path / "a.npz", ALONE, progress=False)
+    assert run_samples(generator, record, tmp_path / "a.npz", ALONE, progress=False) == 4
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
+def test_a_run_goes_on_on_its_own_kind_of_gpu_only(job, tmp_path, monkeypatch):
+    """Whatever the command and the version of the code, which decide no pixel."""
+    generator, record = job
+    record = {**record, "gpu": "H100"}
+    interrupted(generator, record, tmp_path / "a.npz", monkeypatch)
+    with pytest.raises(ValueError, match=r"holds other samples \(gpu H100 there, A100 now\)"):
+        run_samples(generator, {**record, "gpu": "A100"}, tmp_path / "a.npz", ALONE, progress=False)
+    other = {**record, "command": "another", "code_version": "another"}
+    assert run_samples(generator, other, tmp_path / "a.npz", ALONE, progress=False) == 0
+    mixed = SimpleNamespace(collect=lambda _: ["H100", "A100"], share_outcome=lambda compute: compute(), rank=0, size=2)
+    with pytest.raises(ValueError, match="the processes run on A100 and H100"):
+        run_samples(generator, record, tmp_path / "b.npz", mixed, progress=False)
+
+
+def test_a_record_names_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card of {device}")
+    facts = {"dtype": torch.bfloat16, "engine": "graph"}
+    record = run_record({}, RUN, SamplingConfig(), device=torch.device("cuda", 0), **facts)
+    assert (record["gpu"], record["device"], record["dtype"]) == ("card of cuda:0", "cuda", "bfloat16")
+    assert "gpu" not in run_record({}, RUN, SamplingConfig(), device=torch.device("cpu"), **facts)
 
 
 def test_a_preset_fixes_its_settings(bundle, tmp_path, monkeypatch, capsys):
@@ -242,12 +338,21 @@ def test_a_preset_fixes_its_settings(bundle, tmp_path, monkeypatch, capsys):
     assert sample.main([*arguments, "--seed", "5"]) == 0
     record = read_record(path)
     wanted = {"temperature": 0.9, "cfg_scale": 1.0, "labels": "random", "num_samples": 6, "seed": 5, "top_k": 0}
+    wanted["preset"] = "unitok-cfgfree"
     assert {name: record[name] for name in wanted} == wanted
     capsys.readouterr()
     assert sample.main([*arguments, "--temperature=0.8"]) == 2
     assert "fixes --temperature at 0.9" in capsys.readouterr().err
     assert sample.main([*arguments, "--preset", "unknown"]) == 2
     assert "choose one of unitok-cfgfree" in capsys.readouterr().err
+    assert sample.main(["--preset", "unitok-cfgfree", "--npz", str(path)]) == 2
+    assert "--preset unitok-cfgfree needs --checkpoint" in capsys.readouterr().err
+
+
+def test_a_figure_published_without_guidance_has_a_preset():
+    assert PRESETS["llamagen-xxl-384-cfgfree"].sampling.cfg_scale == 1
+    assert PRESETS["llamagen-xxl-384-cfgfree"].figures["FID"] > PRESETS["llamagen-xxl-384"].figures["FID"]
+    assert "llamagen-b-256-cfgfree" not in PRESETS  # nobody published one
 
 
 @pytest.mark.parametrize(
@@ -259,6 +364,8 @@ def test_a_preset_fixes_its_settings(bundle, tmp_path, monkeypatch, capsys):
         (["--num-samples", "5", "--npz", "a.npz", "--out", "a.png"], "leave out --out"),
         (["--num-samples", "5", "--npz", "gone/a.npz"], "--npz gone/a.npz cannot be written"),
         (["--num-samples", "5", "--npz", "a.npz", "--class", "9"], "no class 9"),
+        (["--num-samples", "5", "--npz", "a.npz", "--num", "4"], "leave one of them out"),
+        (["--class", "dog", "--npz", "a.npz", "--labels", "random"], "--labels is for a large run"),
     ],
 )
 def test_wrong_large_runs_end_in_one_line(bundle, tmp_path, monkeypatch, capsys, arguments, message):

@@ -85,12 +85,13 @@ def plan(
     Everything that can be wrong is found here, before the first picture is sampled or looked at.
     ValueError, in one line, for names that are not there, and for what network, reference or count cannot give.
     """
+    reference.check(extractor, {"pool"} if metrics is None else (), size)
     if metrics is None:
+        gives = reference.gives(extractor)
         chosen = {
             name: metric
             for name, metric in METRICS.items()
-            if not _not_given(metric.of_samples, extractor)
-            and (reference.images is not None or "pool_rows" not in metric.of_reference)
+            if not _not_given(metric.of_samples, extractor) and metric.of_reference <= gives
         }
     else:
         chosen = _named(metrics, extractor)
@@ -104,9 +105,8 @@ def plan(
         for what, count in counts.items():
             if count < metric.least:
                 raise ValueError(f"{name} needs at least {metric.least} {what}, not {count}")
-    needs = {need for metric in chosen.values() for need in metric.of_reference}
-    # only Inception gives these, and its references have them
-    reference.check(extractor, needs if metrics is not None else needs - {"spatial"}, size)
+        if metric.of_reference:
+            reference.check(extractor, metric.of_reference, size)
     return chosen
 
 
@@ -138,11 +138,7 @@ def evaluate_samples(
         return plan(metrics, real, extractor, source.size, source.count)
 
     chosen = world.together(planned) if world else planned()
-    asked = metrics is not None
-
     reference_needs = {need for metric in chosen.values() for need in metric.of_reference}
-    if not asked:
-        reference_needs -= {"spatial"}
     seen_real = None
     if reference_needs:
         seen_real = real.features(extractor, reference_needs, batch_size=batch_size, progress=progress, world=world)
@@ -151,7 +147,7 @@ def evaluate_samples(
         source,
         extractor,
         sample_needs,
-        required=sample_needs if asked else (),
+        required=sample_needs,
         batch_size=batch_size,
         world=world,
         description="samples" if progress else None,
@@ -198,11 +194,8 @@ def _figures(
     device = world.device if world else pick_device()
     result: dict[str, Any] = {}
     for metric in metrics.values():
-        lacking = [need for need in metric.of_samples if getattr(samples, need) is None]
-        lacking += [need for need in metric.of_reference if getattr(real, need) is None]
-        if not lacking:
-            figures = metric.compute(samples, real, device)
-            result |= {figure_name(key, extractor): value for key, value in figures.items()}
+        figures = metric.compute(samples, real, device)
+        result |= {figure_name(key, extractor): value for key, value in figures.items()}
     return {
         **result,
         "num_samples": samples.count,

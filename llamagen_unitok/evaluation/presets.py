@@ -21,13 +21,17 @@ class Preset:
     resize: str | None = None  # a value of --resize
 
 
-def _llamagen(name: str) -> Preset:
+def _llamagen(name: str, *, guided: bool = True) -> Preset:
     row = GENERATORS[name]
     resize = "256:bicubic" if row.image_size != 256 else None
+    if guided:
+        scale, fid, source = row.cfg_scale, row.fid, "LlamaGen's README.md and GETTING_STARTED.md"
+    else:
+        scale, (fid, source) = 1.0, row.fid_no_guidance
     return Preset(
-        source=f"LlamaGen's README.md and GETTING_STARTED.md: {row.image_size} pixels{', resized' if resize else ''}",
-        sampling=SamplingConfig(cfg_scale=row.cfg_scale),
-        figures={"FID": row.fid},
+        source=f"{source}: {row.image_size} pixels{', resized' if resize else ''}",
+        sampling=SamplingConfig(cfg_scale=scale),
+        figures={"FID": fid},
         resize=resize,
     )
 
@@ -40,15 +44,20 @@ PRESETS: dict[str, Preset] = {
         figures={"FID": 2.51, "IS": 216.7, "precision": 0.82, "recall": 0.57},
     ),
     **{name: _llamagen(name) for name in GENERATORS},
+    **{f"{name}-cfgfree": _llamagen(name, guided=False) for name, row in GENERATORS.items() if row.fid_no_guidance},
 }
 
 
 def apply_preset(name: str, flags: argparse.Namespace, given: set[str]) -> None:
-    """Set every flag that a preset fixes. ValueError for an unknown name, and for a flag in `given` that says another
-    value: figures under a preset's name come from its settings.
+    """Set every flag that a preset fixes. ValueError for an unknown name, for a flag in `given` that says another value
+    (figures under a preset's name come from its settings), and without a checkpoint.
     """
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
+    if flags.checkpoint is None:
+        raise ValueError(
+            f"--preset {name} needs --checkpoint: give the model that was measured so, the shipped one was not"
+        )
     preset = PRESETS[name]
     fixed = {(f.metadata["flag"], f.name): getattr(preset.sampling, f.name) for f in fields(SamplingConfig)}
     del fixed["--seed", "seed"]

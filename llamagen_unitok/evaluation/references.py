@@ -43,6 +43,7 @@ class Reference:
         self.path = Path(path)
         self.images: ImageSource | None = None
         self._reader: NpzReader | None = None
+        self._read: dict[str, dict[str, Gaussian]] = {}
         if self.path.is_dir() or not self.path.exists():
             self.images = open_images(self.path)
             return
@@ -65,15 +66,21 @@ class Reference:
                 f"{self.path} has pictures of {size_text(self.images.size)} pixels, the samples of {size_text(size)}: "
                 "compare pictures of one size"
             )
-        given = self._given(extractor)
-        if given and self.images and "spatial" in set(needs) - set(given):
+        missing = ", ".join(sorted(set(needs) - self.gives(extractor)))
+        if missing and self.images:
             raise ValueError(f"{self.path} has mu and sigma, but no mu_s and sigma_s: it cannot give sFID")
-        self._lacking(set(needs) - set(given), needs)
+        if missing:
+            raise ValueError(f"{self.path} holds no pictures, only Inception statistics: it cannot give {missing}")
 
-    def _lacking(self, missing: Collection[str], needs: Collection[str]) -> None:
-        if missing and self.images is None:
-            names = ", ".join(sorted(missing)) or ", ".join(needs)
-            raise ValueError(f"{self.path} holds no pictures, only Inception statistics: it cannot give {names}")
+    def gives(self, extractor: Extractor) -> set[str]:
+        """Which of NEEDS it has for this extractor: in the file, or from its pictures."""
+        given = set(self._given(extractor))
+        if self.images:
+            given |= {"pool", "pool_rows"}
+            # never FID of the file's statistics beside sFID of its few pictures
+            if not self._given(extractor) and extractor.spatial_width is not None:
+                given.add("spatial")
+        return given
 
     @property
     def _has_statistics(self) -> bool:
@@ -90,13 +97,12 @@ class Reference:
     ) -> FeatureSet | None:
         """What `extractor` sees: statistics of ADM's layout for Inception, else from the cache, else of the pictures.
 
-        None on all processes but the main one. ValueError for needs that a file of statistics cannot meet.
+        needs: such as `check` accepts. None on all processes but the main one.
         """
         main = world is None or world.is_main
         given = self._given(extractor)
         if set(needs) <= set(given):
             return FeatureSet(self._counted, **given) if main else None
-        self._lacking(set(needs) - set(given), needs)
         found = self._cached(extractor) if main else None
         if not (world.any(found is not None) if world else found is not None):
             found = collect_features(
@@ -113,7 +119,6 @@ class Reference:
                 self._keep(extractor, found)
         if not main:
             return None
-        # never FID of the file's statistics beside sFID of its few pictures
         return FeatureSet(self._counted, **given, pool_rows=found.pool_rows) if given else found
 
     @cached_property
@@ -128,6 +133,12 @@ class Reference:
 
     def _given(self, extractor: Extractor) -> dict[str, Gaussian]:
         """The statistics in the file, when they are this extractor's. ValueError for such as it cannot have given."""
+        key = f"{extractor.name} {extractor.weights_hash}"
+        if key not in self._read:
+            self._read[key] = self._read_statistics(extractor)
+        return self._read[key]
+
+    def _read_statistics(self, extractor: Extractor) -> dict[str, Gaussian]:
         if not self._has_statistics or extractor.frechet_name != "FID":
             return {}
         made_with = self._record.get("extractor", {}).get("weights_hash", extractor.weights_hash)

@@ -8,7 +8,9 @@ process makes which part changes nothing.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -23,19 +25,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llamagen_unitok.evaluation.npz import ArrayStream, NpzReader, write_npz
-from llamagen_unitok.evaluation.provenance import RECORD_NAME, as_array, code_version, read_record
+from llamagen_unitok.evaluation.provenance import RECORD_NAME, as_array, code_version, command_line, read_record
 from llamagen_unitok.pipeline import ImageGenerator
 from llamagen_unitok.runtime.background import Background
 from llamagen_unitok.runtime.distributed import World
 from llamagen_unitok.runtime.files import clear_unfinished, replacing
 from llamagen_unitok.sampling import SamplingConfig, engine_name, generate
 from llamagen_unitok.sampling.seeds import MAX_SEED
-from tokenizer.images import to_uint8
+from tokenizer.images import Resize, to_uint8
 
 PART_PICTURES = 256  # a part has at least so many, so that an interruption loses little and files stay few
 DECODE_ROWS = 16  # pictures that the tokenizer decodes at once
 JOB_NAME = "job.json"
 RECORD_FORMAT = "llamagen-unitok samples 1"
+ABOUT = ("code_version", "command", "preset")  # what a record tells of a run that decides no pixel
 
 
 def balanced_labels(count: int, classes: np.ndarray, seed: int) -> np.ndarray:
@@ -95,26 +98,65 @@ def sample_record(
     *,
     classes: list[int] | None = None,
     engine: str = "auto",
+    preset: str | None = None,
 ) -> dict[str, Any]:
-    """Everything that decides the pixels of a run, and nothing that does not (such as the number of processes).
+    """The record of a run of a generator that is loaded; see `run_record`."""
+    parameter = generator.gpt.norm.weight
+    return run_record(
+        models,
+        run,
+        sampling,
+        device=parameter.device,
+        dtype=parameter.dtype,
+        resize=generator.resize,
+        decoder=generator.decoder_name,
+        classes=classes,
+        engine=engine,
+        preset=preset,
+    )
+
+
+def run_record(
+    models: dict[str, str],
+    run: SampleRun,
+    sampling: SamplingConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    resize: Resize | None = None,
+    decoder: str = "plain",
+    classes: list[int] | None = None,
+    engine: str = "auto",
+    preset: str | None = None,
+) -> dict[str, Any]:
+    """Everything that decides the pixels of a run, beside it what is good to know (ABOUT), and nothing that is neither
+    (such as the number of processes).
 
     models: which ones these are, see `provenance.model_record`; it reads all weights, so it is asked once a generator.
     classes: those that labels are taken from; None = all.   engine: "auto" is recorded as what it stands for.
+    preset: the name of the row of PRESETS that fixed the settings, if one did.
     """
-    parameter = generator.gpt.norm.weight
     return {
         "format": RECORD_FORMAT,
         **models,
         **dataclasses.asdict(sampling),
         **dataclasses.asdict(run),
-        **({"resize": dataclasses.asdict(generator.resize)} if generator.resize else {}),
+        **({"resize": dataclasses.asdict(resize)} if resize else {}),
         "classes": "all" if classes is None else classes,
-        "engine": engine_name(engine, parameter.device.type, large_run=True),
-        "decoder": generator.decoder_name,
-        "device": parameter.device.type,
-        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "engine": engine_name(engine, device.type, large_run=True),
+        "decoder": decoder,
+        "device": device.type,
+        **({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}),
+        "dtype": str(dtype).removeprefix("torch."),
         "code_version": code_version(),
+        "command": command_line(),
+        **({"preset": preset} if preset else {}),
     }
+
+
+def deciding(record: dict[str, Any]) -> dict[str, Any]:
+    """The part of a record that decides the pixels."""
+    return {name: value for name, value in record.items() if name not in ABOUT}
 
 
 def recorded_batch_size(path: Path) -> int | None:
@@ -128,29 +170,44 @@ def _parts_folder(path: Path) -> Path:
     return path.with_name(path.name + ".parts")
 
 
+def _part_names(folder: Path, run: SampleRun) -> list[Path]:
+    count = len(run.parts())
+    return [folder / f"part-{i:05d}-of-{count:05d}.npz" for i in range(count)]
+
+
 def run_samples(
     generator: ImageGenerator, record: dict[str, Any], path: Path, world: World, *, progress: bool = True
 ) -> int:
     """Write the samples that a record (see `sample_record`) describes to `path`, an .npz that appears when complete.
 
     It holds arr_0 (uint8, NHWC), label (int64, N), codes (uint16, N × L × K) and record. Parts that an interrupted run
-    left are kept; a complete file of the same record is left as it is. Memory does not grow with the run.
+    left are kept, but for damaged ones; a complete file of the same run is left as it is. Memory does not grow with the
+    run.
     Returns how many pictures this process made.
     Raises ValueError when `path` or its parts hold another run, and when the disk cannot take it.
     """
     run = SampleRun(**{f.name: record[f.name] for f in dataclasses.fields(SampleRun)})
-    if path.exists():
-        _refuse_other_run(path, read_record(path), record)
-        return 0
     parts_folder = _parts_folder(path)
+    gpus = sorted({gpu for gpu in world.collect(record.get("gpu")) if gpu})
 
-    def prepare() -> None:
+    def prepare() -> bool:
+        """Whether all is there; if not, leave what the run can go on with."""
+        if path.exists():
+            _refuse_other_run(path, read_record(path), record)
+            return True
+        if len(gpus) > 1:
+            raise ValueError(f"the processes run on {' and '.join(gpus)}: one kind of GPU alone makes equal bytes")
         _open_parts(parts_folder, record)
-        _check_disk(generator, run, path)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            left.unlink()  # of a process killed while it merged
+        _drop_damaged(parts_folder, generator, run)
+        _check_disk(parts_folder, generator, run)
+        return False
 
-    world.share_outcome(prepare)
+    if world.share_outcome(prepare):
+        return 0
     parts = run.parts()
-    names = [parts_folder / f"part-{i:05d}-of-{len(parts):05d}.npz" for i in range(len(parts))]
+    names = _part_names(parts_folder, run)
     mine = range(world.rank, len(parts), world.size)
     missing = [i for i in mine if not names[i].exists()]
     labels = _labels(generator, run, record)
@@ -176,10 +233,7 @@ def run_samples(
                 bar.update(len(numbers))
             writer.submit(_write_part, names[i], len(parts[i]), pixels, codes)
     world.barrier()
-    if world.is_main:
-        _merge(names, parts, labels, record, path)
-        shutil.rmtree(parts_folder, ignore_errors=True)
-    world.barrier()
+    world.share_outcome(lambda: _merge(names, parts, labels, record, path))
     return made
 
 
@@ -235,12 +289,17 @@ def _memory_named(batch_size: int) -> Iterator[None]:
 
 
 def _merge(names: list[Path], parts: list[range], labels: np.ndarray, record: dict[str, Any], path: Path) -> None:
+    """Make one file of all parts, and remove their folder. ValueError for a damaged one, which is removed."""
     readers = [NpzReader(name) for name in names]
 
     def stream(array: str) -> ArrayStream:
         def batches() -> Iterator[np.ndarray]:
             for reader, numbers in zip(readers, parts, strict=True):
-                yield from reader.batches(array, len(numbers))
+                try:
+                    yield from reader.batches(array, len(numbers))
+                except ValueError as error:  # found by its checksum only now
+                    reader.path.unlink()
+                    raise ValueError(f"{error}; it is removed: the same command makes it again") from None
 
         first = readers[0]
         return ArrayStream((len(labels), *first.shapes[array][1:]), first.dtypes[array], batches())
@@ -248,13 +307,18 @@ def _merge(names: list[Path], parts: list[range], labels: np.ndarray, record: di
     write_npz(
         path, {"arr_0": stream("arr_0"), "label": labels, "codes": stream("codes"), RECORD_NAME: as_array(record)}
     )
+    shutil.rmtree(names[0].parent, ignore_errors=True)
 
 
 def _open_parts(folder: Path, record: dict[str, Any]) -> None:
     """Start the folder of parts, or go on with one of the same run."""
     job = folder / JOB_NAME
     if job.exists():
-        _refuse_other_run(folder, json.loads(job.read_text(encoding="utf-8")), record)
+        try:
+            found = json.loads(job.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ValueError(f"{job} is damaged, so nobody knows whose parts these are: remove {folder}") from None
+        _refuse_other_run(folder, found, record)
         clear_unfinished(folder)
         return
     folder.mkdir(exist_ok=True)
@@ -263,11 +327,11 @@ def _open_parts(folder: Path, record: dict[str, Any]) -> None:
 
 
 def _refuse_other_run(where: Path, found: dict[str, Any] | None, record: dict[str, Any]) -> None:
-    """ValueError unless `found` is `record`; another code version is no other run."""
+    """ValueError unless `found` decides the same pixels as `record`."""
     found = found or {}
     differing = [
         f"{name} {found.get(name)} there, {record.get(name)} now"
-        for name in sorted((found.keys() | record.keys()) - {"code_version"})
+        for name in sorted((found.keys() | record.keys()) - {*ABOUT})
         if found.get(name) != record.get(name)
     ]
     if differing:
@@ -277,12 +341,40 @@ def _refuse_other_run(where: Path, found: dict[str, Any] | None, record: dict[st
         )
 
 
-def _check_disk(generator: ImageGenerator, run: SampleRun, path: Path) -> None:
-    """The parts and the merged file are there side by side for a moment."""
+def _picture_shape(generator: ImageGenerator) -> tuple[int, int, int]:
+    side = generator.resize.side if generator.resize else generator.tokenizer.config.img_size
+    return side, side, 3
+
+
+def _drop_damaged(folder: Path, generator: ImageGenerator, run: SampleRun) -> None:
+    """Remove parts that a crash of the machine left empty, short, or of other arrays than theirs, to be made again."""
     config = generator.gpt.config
-    picture_bytes = 3 * generator.tokenizer.config.img_size**2 + 2 * config.num_positions * config.num_codebooks
-    needed, free = 2 * picture_bytes * run.num_samples, shutil.disk_usage(path.parent).free
+    for name, numbers in zip(_part_names(folder, run), run.parts(), strict=True):
+        wanted = {
+            "arr_0": (len(numbers), *_picture_shape(generator)),
+            "codes": (len(numbers), config.num_positions, config.num_codebooks),
+        }
+        if name.exists():
+            try:
+                sound = NpzReader(name).shapes == wanted
+            except ValueError:
+                sound = False
+            if not sound:
+                name.unlink()
+
+
+def _check_disk(folder: Path, generator: ImageGenerator, run: SampleRun) -> None:
+    """The parts and the merged file are there side by side for a moment; some of the parts may be there already."""
+    config = generator.gpt.config
+    picture_bytes = math.prod(_picture_shape(generator)) + 2 * config.num_positions * config.num_codebooks
+    there = sum(part.stat().st_size for part in _part_names(folder, run) if part.exists())
+    needed, free = max(0, 2 * picture_bytes * run.num_samples - there), shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
-            f"{path} needs {needed / 1e9:.1f} GB of disk while it is written, but {free / 1e9:.1f} GB are free"
+            f"{folder.parent} has too little room: the run needs {_size_text(needed)} more while it is written, and "
+            f"{_size_text(free)} are free"
         )
+
+
+def _size_text(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

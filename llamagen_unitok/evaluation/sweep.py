@@ -2,7 +2,7 @@
 
 OUT/results.jsonl       one row a setting, with all that says where it comes from; results.csv is the same for a sheet
 OUT/samples/KEY.npz     samples of the setting that is being measured (all of them with `keep_samples`)
-OUT/pictures/KEY.png    the first samples of each setting
+OUT/pictures/KEY.png    samples of each setting, spread evenly over the classes
 """
 
 from __future__ import annotations
@@ -19,21 +19,25 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from llamagen_unitok.evaluation.extractors import Extractor
-from llamagen_unitok.evaluation.figures import evaluate_samples
+from llamagen_unitok.evaluation.figures import evaluate_samples, figure_name, plan
+from llamagen_unitok.evaluation.metrics import METRICS, Metric
 from llamagen_unitok.evaluation.npz import NpzReader
-from llamagen_unitok.evaluation.provenance import command_line, model_record
+from llamagen_unitok.evaluation.provenance import model_record
 from llamagen_unitok.evaluation.references import Reference
-from llamagen_unitok.evaluation.samples import SampleRun, run_samples, sample_record
+from llamagen_unitok.evaluation.samples import SampleRun, deciding, run_record, run_samples
 from llamagen_unitok.gpt import GPT
 from llamagen_unitok.grid import labelled_grid
-from llamagen_unitok.pipeline import ImageGenerator
+from llamagen_unitok.pipeline import ImageGenerator, pick_dtype
 from llamagen_unitok.published.cache import locate_model
 from llamagen_unitok.runtime.distributed import World
 from llamagen_unitok.runtime.files import replacing
 from llamagen_unitok.sampling import SamplingConfig
+from llamagen_unitok.sampling.batches import propose_batch_size
+from tokenizer import read_tokenizer_config
 from tokenizer.images import Resize
 
 ROWS_NAME, SHEET_NAME = "results.jsonl", "results.csv"
@@ -41,6 +45,7 @@ SHOWN = 32  # samples in a setting's picture
 GOLDEN = (math.sqrt(5) - 1) / 2
 SCALE_DIGITS = 3  # guidance scales that a search proposes are rounded to these, so that a row can be found again
 _SETTINGS = tuple(f.name for f in dataclasses.fields(SamplingConfig) if f.name != "seed")
+_GUIDANCE_ONLY = ("cfg_schedule", "cfg_power", "cfg_interval")
 
 
 @dataclass(frozen=True)
@@ -52,16 +57,31 @@ class Setting:
 
     def at_scale(self, scale: float) -> Setting:
         """The same with another guidance scale."""
-        return dataclasses.replace(self, sampling=dataclasses.replace(self.sampling, cfg_scale=scale))
+        return dataclasses.replace(self, sampling=with_effect(dataclasses.replace(self.sampling, cfg_scale=scale)))
+
+
+def with_effect(sampling: SamplingConfig) -> SamplingConfig:
+    """The same with all at its default that has no effect beside the rest, so that equal runs are equal settings."""
+    default = SamplingConfig()
+    idle: tuple[str, ...] = ()
+    if sampling.cfg_scale == 1:
+        idle += _GUIDANCE_ONLY
+    if sampling.cfg_schedule != "power-cosine":
+        idle += ("cfg_power",)
+    if sampling.temperature == 0:
+        idle += ("top_k", "top_p")
+    return dataclasses.replace(sampling, **{name: getattr(default, name) for name in idle})
 
 
 def grid(checkpoints: Sequence[str], values: dict[str, Sequence[Any]], seed: int) -> list[Setting]:
-    """All combinations. values: a field of SamplingConfig → its values; others stay at their defaults.
+    """All combinations, each once: those that differ in what has no effect are one (`with_effect`).
+
+    values: a field of SamplingConfig → its values; others stay at their defaults.
 
     Raises ValueError for impossible values, and where a generator cannot follow a setting; no weights are read.
     """
     settings = [
-        Setting(checkpoint, SamplingConfig(**dict(zip(values, combination, strict=True)), seed=seed))
+        Setting(checkpoint, with_effect(SamplingConfig(**dict(zip(values, combination, strict=True)), seed=seed)))
         for checkpoint in checkpoints
         for combination in product(*values.values())
     ]
@@ -112,25 +132,32 @@ class Sweep:
     def __init__(
         self,
         out: Path,
-        reference: Path,
+        reference: Reference,
         extractor: Extractor,
         world: World,
         *,
         labels: str = SampleRun.labels,
-        batch_size: int = SampleRun.batch_size,
+        batch_size: int | str = SampleRun.batch_size,
         tokenizer: str | None = None,
         dtype: str = "auto",
+        engine: str = "auto",
+        decoder: str = "plain",
         resize: Resize | None = None,
         metrics: Sequence[str] | None = None,
         keep_samples: bool = False,
         progress: bool = True,
     ) -> None:
-        """tokenizer: a folder or hub id, if not the bundles' own.   The rest: see `run_samples`, `evaluate_samples`."""
+        """tokenizer: a folder or hub id, if not the bundles' own.   batch_size: "auto" proposes one a checkpoint.
+        engine, decoder: rows of ENGINES and DECODERS.   metrics: see `plan`; the Fréchet distance is always among them.
+        The rest: see `run_samples`, `evaluate_samples`.
+        """
         self.out, self.reference, self.extractor, self.world = out, reference, extractor, world
         self.labels, self.batch_size, self.dtype, self.resize = labels, batch_size, dtype, resize
+        self.engine, self.decoder = engine, decoder
         self.tokenizer = locate_model(tokenizer) if tokenizer else None
-        self.metrics, self.keep_samples, self.progress = metrics, keep_samples, progress
-        self.reference_hash = Reference(reference).content_hash
+        self.metrics = None if metrics is None else [*metrics, "FID"]
+        self.keep_samples, self.progress = keep_samples, progress
+        self.reference_hash = world.share_outcome(lambda: reference.content_hash)
         if world.is_main:
             for name in ("samples", "pictures"):
                 (out / name).mkdir(parents=True, exist_ok=True)
@@ -138,27 +165,43 @@ class Sweep:
         self.table = Table(out, world)
         self.measured = 0  # rows that had to be made
         self._asked: dict[str, Setting] = {}
-        self._loaded: tuple[str, ImageGenerator, dict[str, str]] | None = None
+        self._proposed: dict[str, int] = {}
+        self._models: dict[str, dict[str, str]] = {}
+        self._loaded: tuple[str, ImageGenerator] | None = None
+
+    def check(self, settings: Sequence[Setting], counts: Sequence[int]) -> None:
+        """ValueError for what would fail only after sampling: metrics, reference, size and number of the samples.
+
+        counts: numbers of samples of a setting. No weights are read.
+        """
+        for checkpoint in dict.fromkeys(setting.checkpoint for setting in settings):
+            for count in dict.fromkeys(counts):
+                self.world.together(lambda checkpoint=checkpoint, count=count: self._plan(checkpoint, count))
 
     def measure(self, setting: Setting, num_samples: int) -> dict[str, Any]:
-        """The row of a setting: from the table where it is there, else sampled, measured and added."""
-        generator, models = self._generator(setting.checkpoint)
-        run = SampleRun(num_samples, self.labels, self.batch_size)
-        record = sample_record(generator, models, run, setting.sampling)
+        """The row of a setting: from the table where all its figures are there, else measured and added.
+
+        What a row in the table has beyond the figures asked for is measured again with them, so that all figures of a
+        row have one origin. Models are read for new samples only.
+        """
+        record = self._record(setting, num_samples)
         origin = {
             "extractor": self.extractor.name,
             "weights_hash": self.extractor.weights_hash,
             "reference_hash": self.reference_hash,
         }
-        deciding = {name: value for name, value in record.items() if name != "code_version"} | origin
-        key = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps(deciding(record) | origin, sort_keys=True).encode()).hexdigest()[:16]
         self._asked[key] = setting
-        if key in self.table.rows:
-            return self.table.rows[key]
+        found = self.table.rows.get(key, {})
+        metrics = self._plan(setting.checkpoint, num_samples)
+        if found and all(name in found for metric in metrics.values() for name in self._names(metric)):
+            return found
+        metrics |= {key: metric for key, metric in METRICS.items() if set(self._names(metric)) & found.keys()}
+        generator = self._generator(setting.checkpoint)
         samples = self.out / "samples" / f"{key}.npz"
         run_samples(generator, record, samples, self.world, progress=self.progress)
         figures = evaluate_samples(
-            samples, self.reference, self.extractor, metrics=self.metrics, progress=self.progress, world=self.world
+            samples, self.reference, self.extractor, metrics=list(metrics), progress=self.progress, world=self.world
         )
         if self.world.is_main:
             self._picture(samples, generator, self.out / "pictures" / f"{key}.png")
@@ -170,7 +213,6 @@ class Sweep:
             **{name: value for name, value in figures.items() if name not in ("num_samples", "reference_hash")},
             **{name: value for name, value in record.items() if name not in (*_SETTINGS, "num_samples", "format")},
             **origin,
-            "command": command_line(),
         }
         self.table.add(row)
         self.world.barrier()
@@ -187,7 +229,11 @@ class Sweep:
         """The table's rows that were measured as this sweep measures, now or earlier."""
         mine = (self.extractor.name, self.extractor.weights_hash, self.reference_hash)
         names = ("extractor", "weights_hash", "reference_hash")
-        return [row for row in self.table.rows.values() if tuple(row[name] for name in names) == mine]
+        return [
+            row
+            for row in self.table.rows.values()
+            if tuple(row[name] for name in names) == mine and self.extractor.frechet_name in row
+        ]
 
     def confirm(self, num_samples: int) -> dict[str, Any]:
         """Measure the best setting that `measure` was asked for once more, with so many samples."""
@@ -207,7 +253,7 @@ class Sweep:
             best = min(scales, key=lambda scale: self.frechet(self.measure(group[scale], num_samples)))
             at = scales.index(best)
             low, high = scales[max(0, at - 1)], scales[min(len(scales) - 1, at + 1)]
-            start = group[best]
+            start = next(setting for scale, setting in group.items() if scale != 1)  # which knows the schedule
             for scale in golden_section(
                 lambda x, start=start: self.frechet(self.measure(start.at_scale(x), num_samples)),
                 low,
@@ -217,33 +263,95 @@ class Sweep:
                 if self.world.is_main and self.progress:
                     print(f"best guidance scale so far: {scale:g}")
 
-    def _generator(self, checkpoint: str) -> tuple[ImageGenerator, dict[str, str]]:
+    def _plan(self, checkpoint: str, num_samples: int) -> dict[str, Metric]:
+        if self.resize:
+            side = self.resize.side
+        else:
+            side = read_tokenizer_config(self.tokenizer or locate_model(checkpoint)).img_size
+        return plan(self.metrics, self.reference, self.extractor, (side, side), num_samples)
+
+    def _names(self, metric: Metric) -> list[str]:
+        return [figure_name(name, self.extractor) for name in metric.gives]
+
+    def _record(self, setting: Setting, num_samples: int) -> dict[str, Any]:
+        checkpoint, device = setting.checkpoint, self.world.device
+        if checkpoint not in self._models:
+            folder = locate_model(checkpoint)
+            self._models[checkpoint] = self.world.share_outcome(lambda: model_record(folder, self.tokenizer))
+        return run_record(
+            self._models[checkpoint],
+            SampleRun(num_samples, self.labels, self._batch_size(checkpoint)),
+            setting.sampling,
+            device=device,
+            dtype=pick_dtype(self.dtype, device),
+            resize=self.resize,
+            decoder=self.decoder,
+            engine=self.engine,
+        )
+
+    def _generator(self, checkpoint: str) -> ImageGenerator:
         if self._loaded is None or self._loaded[0] != checkpoint:
             self._loaded = None  # the last one's memory is free before the next one is read
             folder = locate_model(checkpoint)
             generator = ImageGenerator.from_pretrained(folder, self.tokenizer, self.world.device, self.dtype)
             generator.resize = self.resize
-            self._loaded = (checkpoint, generator, model_record(folder, self.tokenizer))
-        return self._loaded[1:]
+            generator.use_decoder(self.decoder)
+            self._loaded = (checkpoint, generator)
+        return self._loaded[1]
+
+    def _batch_size(self, checkpoint: str) -> int:
+        """One for all settings of a checkpoint, guided or not: that of its rows in the table, else a proposal."""
+        if self.batch_size != "auto":
+            return self.batch_size
+        if checkpoint not in self._proposed:
+            earlier = [row["batch_size"] for row in self.table.rows.values() if row["checkpoint"] == checkpoint]
+            generator = None if earlier else self._generator(checkpoint)
+            self._proposed[checkpoint] = self.world.share_outcome(
+                lambda: earlier[-1] if earlier else propose_batch_size(generator.gpt, guided=True)
+            )
+        return self._proposed[checkpoint]
 
     def _picture(self, samples: Path, generator: ImageGenerator, png: Path) -> None:
+        """A sheet of samples spread evenly over the classes: over all samples in the order of their labels."""
         reader = NpzReader(samples)
-        pixels = next(reader.batches("arr_0", SHOWN))
-        labels = reader.read("label")[: len(pixels)]
-        groups = [
-            (generator.names[label], [Image.fromarray(picture)])
-            for label, picture in zip(labels.tolist(), pixels, strict=True)
-        ]
+        labels = reader.read("label")
+        order = np.argsort(labels, kind="stable")
+        shown = min(SHOWN, len(order))
+        groups = []
+        for number in order[np.arange(shown) * len(order) // shown].tolist():
+            pixels = next(reader.batches("arr_0", 1, number, number + 1))[0]
+            groups.append((generator.names[int(labels[number])], [Image.fromarray(pixels)]))
         with replacing(png) as file:
             labelled_grid(groups).save(file, format="PNG")
 
 
 def by_scale(settings: Sequence[Setting]) -> list[dict[float, Setting]]:
-    """Settings in groups that differ in the guidance scale only: scale → setting."""
-    groups: dict[Setting, dict[float, Setting]] = {}
-    for setting in settings:
-        groups.setdefault(setting.at_scale(1.0), {})[setting.sampling.cfg_scale] = setting
-    return list(groups.values())
+    """Settings in groups that differ in the guidance scale only (see `lines_over_scale`): scale → setting."""
+    items = [{"checkpoint": one.checkpoint, **dataclasses.asdict(one.sampling), "setting": one} for one in settings]
+    return [{item["cfg_scale"]: item["setting"] for item in line} for line in lines_over_scale(items)]
+
+
+def lines_over_scale(items: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Settings in lines that differ in the guidance scale only, each in ascending order of it.
+
+    items: a checkpoint and the fields of SamplingConfig by name, and anything more. What has no guidance is on the line
+    of every schedule.
+    """
+
+    def values(item: dict[str, Any], names: Sequence[str]) -> tuple:
+        return tuple(item[name] for name in names)
+
+    others = ("checkpoint", *(name for name in _SETTINGS if name not in ("cfg_scale", *_GUIDANCE_ONLY)))
+    lines: dict[tuple, list[dict[str, Any]]] = {}
+    for item in items:
+        if item["cfg_scale"] != 1:
+            lines.setdefault((values(item, others), values(item, _GUIDANCE_ONLY)), []).append(item)
+    for item in items:
+        if item["cfg_scale"] == 1:
+            own = [line for (rest, _), line in lines.items() if rest == values(item, others)]
+            for line in own or [lines.setdefault((values(item, others), ()), [])]:
+                line.append(item)
+    return [sorted(line, key=lambda item: item["cfg_scale"]) for line in lines.values()]
 
 
 def golden_section(f: Callable[[float], float], low: float, high: float, evaluations: int) -> Iterator[float]:
