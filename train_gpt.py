@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from llamagen_unitok.published.cache import locate_model
 from llamagen_unitok.published.convert import read_names
 from llamagen_unitok.runtime.distributed import processes
 from llamagen_unitok.runtime.flags import Parser, add_flags, add_run_flags, given_flags, run_cli, settings_from
@@ -56,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> None:
         resolved = resolve(vars(flags), given_flags(parser, argv), RUN_SETTINGS)
         resolved.take(Plan)
+        if flags.preview:
+            flags.preview = locate_model(flags.preview, flags.device)
         if flags.out is None and not flags.dry_run:
             raise ValueError("--out is missing: give the folder where the run will live")
         if flags.export_weights and not flags.export:

@@ -34,6 +34,7 @@ from tests.published_files import (
 from tests.tiny_generator import random_batch
 from tests.tiny_vqgan import tiny_vqgan
 from tokenizer import PRESETS, UniTok, load_tokenizer
+from tokenizer.images import to_unit
 
 HEADS = ["--heads", "4"]  # the tiny generators are of no published size
 
@@ -445,10 +446,18 @@ def test_peak_memory_stays_below_1_3_times_the_file(tmp_path, size, dtype):
     assert int(done.stdout) < 1.3 * file + 60e6
 
 
+def blk(field: np.ndarray, kind: str, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Golden order (B, K, L), or (B, L) of one codebook → (B, L, K)."""
+    tensor = torch.from_numpy(field).to(dtype)
+    return tensor.unsqueeze(2) if kind == "llamagen" else tensor.transpose(1, 2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llamagen", "unitok"])
 def test_golden_models_meet_their_numbers_through_files_of_every_layout(run, tmp_path, monkeypatch, kind):
-    """GPT-B with seeded weights, written as published, converted, loaded as a bundle: the greedy golden sequences."""
+    """GPT-B with seeded weights, written as published, converted, loaded as a bundle: loss, greedy sequences, codes of
+    the tokenizer, and its pixels.
+    """
     from llamagen_unitok.sampling import decode
     from llamagen_unitok.sampling.guidance import guidance_scales
 
@@ -474,16 +483,21 @@ def test_golden_models_meet_their_numbers_through_files_of_every_layout(run, tmp
     assert len(hashes) == 1
     bundle = ImageGenerator.from_pretrained(tmp_path / "bundle", device="cpu")
     with np.load(GOLDEN / f"{kind}_gpt_b_seed0.npz") as golden:
-        expected = torch.from_numpy(golden["greedy_cfg2"]).long()
-        labels = torch.from_numpy(golden["labels"]).long()
-    expected = expected.unsqueeze(2) if kind == "llamagen" else expected.transpose(1, 2)
+        expected, forced = (blk(golden[name], kind) for name in ("greedy_cfg2", "codes"))
+        labels, loss = torch.from_numpy(golden["labels"]).long(), float(golden["eval_loss"])
+    with torch.no_grad():
+        assert bundle.gpt.loss(labels, forced).item() == pytest.approx(loss, abs=1e-5)
     scales = guidance_scales(256, 2.0)[: expected.shape[1]]
     assert decode(bundle.gpt, labels, lambda logits, position, codebook: logits.argmax(-1), scales).equal(expected)
     golden_name = "llamagen_vq16_seed0.npz" if kind == "llamagen" else "unitok_vitamin_base_seed0.npz"
     with np.load(GOLDEN / golden_name) as golden:
-        codes = torch.from_numpy(golden["random_codes"].astype(np.int64))
+        codes, encoded, second = (blk(golden[name], kind) for name in ("random_codes", "codes", "codes_second"))
+        clear = blk(golden["margin"], kind, torch.float32) > 2e-5
         pixels, stride = torch.from_numpy(golden["random_decoded"]), int(golden["pixel_stride"])
-    codes = codes[..., None] if kind == "llamagen" else codes.transpose(1, 2)
+    with np.load(GOLDEN / "unitok_vitamin_base_seed0.npz") as golden:  # both tokenizers' goldens see these
+        images = to_unit(torch.from_numpy(golden["image_uint8"]))
+    found = bundle.tokenizer.encode(images)
+    assert found[clear].equal(encoded[clear]) and ((found == encoded) | (found == second)).all()
     decoded = bundle.tokenizer.decode(codes)[:, :, ::stride, ::stride]
     torch.testing.assert_close(decoded, pixels.clamp(-1, 1), rtol=0, atol=3e-5)
 
