@@ -111,9 +111,7 @@ def engines_draw_the_codes_of_the_plain_one():
     small = {"num_positions": 4, "layers": 1, "depth_layers": 1}
     for changes in ({}, {**GROUPED, "qk_norm": True}, {**SINGLE, **GROUPED}):
         gpt = tiny_gpt(**{**small, **changes})
-        sampling = (
-            {"cfg_scale": 2.0, "cfg_interval": 0, **filters} if changes else {}
-        )
+        sampling = {"cfg_scale": 2.0, "cfg_interval": 0, **filters} if changes else {}
         expected = generate(gpt, [0, 3], engine="eager", **sampling)
         assert torch.equal(generate(gpt, [0, 3], engine="graph", **sampling), expected)
     assert "cpu" in fixed.KERNELS, "the kernels were given up"

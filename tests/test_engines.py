@@ -341,12 +341,17 @@ def test_packed_caches_are_only_read_up_to_the_position():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["graph", "compiled"])
+@pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_a_graph_gives_the_codes_of_the_plain_engine_on_a_gpu(sampling):
+def test_graphs_give_the_codes_of_the_plain_engine_on_a_gpu(sampling, kernels, engine, monkeypatch, caplog):
+    if not kernels:
+        monkeypatch.setattr(fixed, "KERNELS", {})
     gpt = tiny_gpt().cuda()
     for seed in range(8):
         expected = generate(gpt, [0, 3, 1], seed=seed, engine="eager", **sampling)
-        assert torch.equal(generate(gpt, [0, 3, 1], seed=seed, engine="graph", **sampling), expected)
+        assert torch.equal(generate(gpt, [0, 3, 1], seed=seed, engine=engine, **sampling), expected)
+    assert not caplog.records  # nothing was given up
 
 
 @pytest.mark.gpu

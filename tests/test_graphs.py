@@ -2,6 +2,7 @@
 
 import functools
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -90,6 +91,45 @@ def test_a_recording_that_lacks_memory_leaves_things_usable(recorder, monkeypatc
         with pytest.raises(torch.OutOfMemoryError):
             generate(gpt, [0, 3, 1], engine="graph")
     assert torch.equal(generate(gpt, [0, 3], engine="graph"), expected)
+
+
+def test_a_cuda_recording_that_lacks_memory_says_so_and_gives_the_stream_back(monkeypatch):
+    streams = []
+
+    class Stream:
+        device = "cuda:0"
+
+        def wait_stream(self, other):
+            pass
+
+    class Failing:
+        """Ends as torch.cuda.graph does after an allocation failed: with an error of its own."""
+
+        def __init__(self, graph, *, pool, stream, capture_error_mode):
+            assert capture_error_mode == "thread_local"  # the decoding thread goes on meanwhile
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def step():
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    here = Stream()
+    for name, stub in {
+        "current_stream": lambda: here,
+        "set_stream": streams.append,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": lambda: None,
+        "graph": Failing,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(graphs, "_side_stream", lambda device: Stream())
+    with pytest.raises(torch.OutOfMemoryError, match="tried to allocate"):
+        graphs.record_cuda_graph(lambda: None, step, None)
+    assert streams == [here]
 
 
 @pytest.fixture
