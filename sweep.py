@@ -133,6 +133,7 @@ def sweep(flags) -> None:
             decoder=flags.decoder,
             resize=resize,
             metrics=measuring.metric_names(),
+            features_batch_size=measuring.batch_size,
             keep_samples=flags.keep_samples,
         )
         run.check(settings, (quick, flags.num_samples))

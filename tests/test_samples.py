@@ -309,6 +309,14 @@ def test_a_part_whose_checksum_fails_is_named_and_made_again_by_the_next_start(j
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
 
+def test_parts_of_a_run_that_nobody_knows_are_named(job, tmp_path, monkeypatch):
+    generator, record = job
+    parts = interrupted(generator, record, tmp_path / "a.npz", monkeypatch)
+    (parts[0].parent / samples.JOB_NAME).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"job\.json is damaged.*: remove .*a\.npz\.parts"):
+        run_samples(generator, record, tmp_path / "a.npz", ALONE, progress=False)
+
+
 def test_a_run_goes_on_on_its_own_kind_of_gpu_only(job, tmp_path, monkeypatch):
     """Whatever the command and the version of the code, which decide no pixel."""
     generator, record = job

@@ -211,6 +211,19 @@ def test_the_reference_is_hashed_once_in_a_sweep(run, monkeypatch):
     assert hashed == [Path("real.npz")]
 
 
+def test_the_network_gets_as_many_pictures_at_a_time_as_asked(run, monkeypatch):
+    given = []
+
+    class Watched(TinyExtractor):
+        def __call__(self, pixels):
+            given.append(len(pixels))
+            return super().__call__(pixels)
+
+    monkeypatch.setitem(figures.EXTRACTORS, "inception", Watched)
+    assert run("--num-samples", 10, "--features-batch-size", 8)[0] == 0
+    assert given == [8] * 5 + [8, 2]  # the reference, the samples
+
+
 def test_a_settings_picture_shows_samples_of_all_classes(run, monkeypatch):
     monkeypatch.setattr(sweep_library, "SHOWN", 5)
     shown = []

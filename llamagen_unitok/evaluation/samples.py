@@ -161,9 +161,19 @@ def deciding(record: dict[str, Any]) -> dict[str, Any]:
 
 def recorded_batch_size(path: Path) -> int | None:
     """The batch size of the run that `path` holds or that was interrupted there; None where there is none."""
-    job = _parts_folder(path) / JOB_NAME
-    record = read_record(path) if path.exists() else json.loads(job.read_text("utf-8")) if job.exists() else None
+    record = read_record(path) if path.exists() else _job_record(_parts_folder(path))
     return (record or {}).get("batch_size")
+
+
+def _job_record(folder: Path) -> dict[str, Any] | None:
+    """The record of the run whose parts a folder holds; None where there is none. ValueError for a damaged one."""
+    job = folder / JOB_NAME
+    if not job.exists():
+        return None
+    try:
+        return json.loads(job.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{job} is damaged, so nobody knows whose parts these are: remove {folder}") from None
 
 
 def _parts_folder(path: Path) -> Path:
@@ -312,17 +322,12 @@ def _merge(names: list[Path], parts: list[range], labels: np.ndarray, record: di
 
 def _open_parts(folder: Path, record: dict[str, Any]) -> None:
     """Start the folder of parts, or go on with one of the same run."""
-    job = folder / JOB_NAME
-    if job.exists():
-        try:
-            found = json.loads(job.read_text(encoding="utf-8"))
-        except ValueError:
-            raise ValueError(f"{job} is damaged, so nobody knows whose parts these are: remove {folder}") from None
+    if found := _job_record(folder):
         _refuse_other_run(folder, found, record)
         clear_unfinished(folder)
         return
     folder.mkdir(exist_ok=True)
-    with replacing(job) as file:
+    with replacing(folder / JOB_NAME) as file:
         file.write((json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from llamagen_unitok.evaluation.extractors import Extractor
-from llamagen_unitok.evaluation.figures import evaluate_samples, figure_name, plan
+from llamagen_unitok.evaluation.figures import EvaluationSettings, evaluate_samples, figure_name, plan
 from llamagen_unitok.evaluation.metrics import METRICS, Metric
 from llamagen_unitok.evaluation.npz import NpzReader
 from llamagen_unitok.evaluation.provenance import model_record
@@ -144,6 +144,7 @@ class Sweep:
         decoder: str = "plain",
         resize: Resize | None = None,
         metrics: Sequence[str] | None = None,
+        features_batch_size: int = EvaluationSettings.batch_size,
         keep_samples: bool = False,
         progress: bool = True,
     ) -> None:
@@ -156,6 +157,7 @@ class Sweep:
         self.engine, self.decoder = engine, decoder
         self.tokenizer = locate_model(tokenizer) if tokenizer else None
         self.metrics = None if metrics is None else [*metrics, "FID"]
+        self.features_batch_size = features_batch_size
         self.keep_samples, self.progress = keep_samples, progress
         self.reference_hash = world.share_outcome(lambda: reference.content_hash)
         if world.is_main:
@@ -201,7 +203,13 @@ class Sweep:
         samples = self.out / "samples" / f"{key}.npz"
         run_samples(generator, record, samples, self.world, progress=self.progress)
         figures = evaluate_samples(
-            samples, self.reference, self.extractor, metrics=list(metrics), progress=self.progress, world=self.world
+            samples,
+            self.reference,
+            self.extractor,
+            metrics=list(metrics),
+            batch_size=self.features_batch_size,
+            progress=self.progress,
+            world=self.world,
         )
         if self.world.is_main:
             self._picture(samples, generator, self.out / "pictures" / f"{key}.png")
