@@ -6,12 +6,12 @@ python sample.py --class "zebra face",dog --num 8 --cfg 2 --seed 1 --out zebras-
 torchrun --nproc-per-node 8 sample.py --num-samples 50000 --npz samples.npz
 """
 
+import dataclasses
 import re
 import sys
 import time
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +180,7 @@ def sample_many(flags) -> None:
                 flags, generator, run.batch_size, run.num_samples, earlier=recorded_batch_size(flags.npz)
             )
         )
-        run = replace(run, batch_size=size)
+        run = dataclasses.replace(run, batch_size=size)
         classes = generator.names.parse(flags.classes) if flags.classes is not None else None
         record = sample_record(
             generator,
@@ -221,7 +221,7 @@ def sample(flags) -> None:
     generator.use_decoder(flags.decoder)
     names = generator.names
     labels = names.parse(flags.classes)
-    run_name = f"cfg{config.cfg_scale:g}-seed{config.seed}"
+    run_name = _run_name(config)
     sheet = flags.out
     if sheet is None and not flags.save_images and not flags.npz:
         sheet = Path(f"{_classes_name(names, labels)}-{run_name}.png")
@@ -275,6 +275,16 @@ def _classes_name(names: ClassNames, labels: list[int]) -> str:
     shown = "-".join(_slug(names[label]) for label in different[:NAMED_CLASSES])
     rest = len(different) - NAMED_CLASSES
     return f"{shown}-and-{rest}-more" if rest > 0 else shown
+
+
+def _run_name(config: SamplingConfig) -> str:
+    """Guidance and seed as part of a file name, and the settings that are not the usual ones: cfg2-seed0-top-k50."""
+    others = [
+        f"-{field.metadata['flag'].strip('-')}{value}"
+        for field in dataclasses.fields(config)
+        if field.name not in ("cfg_scale", "seed") and (value := getattr(config, field.name)) != field.default
+    ]
+    return f"cfg{config.cfg_scale:g}-seed{config.seed}{''.join(others)}"
 
 
 def _slug(name: str) -> str:

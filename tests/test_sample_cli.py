@@ -58,6 +58,7 @@ def test_default_run_writes_one_sheet_named_after_class_guidance_and_seed(run):
         (["--class", "pig,zebra face", "--num", "1"], "pig-zebra-face-cfg1-seed0.png"),
         (["--class", "0,1,2,3,4", "--num", "1"], "dog-zebra-face-pig-and-2-more-cfg1-seed0.png"),
         (["--class", "hot dog, plain", "--num", "1"], "hot-dog-plain-cfg1-seed0.png"),
+        (["--class", "pig", "--temperature", "0.5", "--top-k", "3"], "pig-cfg1-seed0-temperature0.5-top-k3.png"),
         (["--class", "🐷", "--num", "1", "--out", "some.webp"], "some.webp"),
     ],
 )

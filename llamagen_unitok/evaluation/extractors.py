@@ -130,7 +130,7 @@ class EfficientNetExtractor:
     @torch.inference_mode()
     def __call__(self, pixels: np.ndarray | Iterable[np.ndarray]) -> Features:
         images = torch.stack([to_unit(_resized(picture)) for picture in pixels])
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             images = images.to(self._device).contiguous(memory_format=torch.channels_last)
             maps = self._network.extract_features(images)  # (B, 1280, 7, 7)
             pool = maps.mean(dim=(2, 3))
@@ -186,7 +186,7 @@ def _torch_fidelity_class(name: str) -> type:
 @torch.inference_mode()
 def _run(network: nn.Module, pixels: np.ndarray, device: torch.device | str) -> list[np.ndarray]:
     # TF32 is on for convolutions by default, and would make figures of one GPU differ from those of another.
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         images = torch.from_numpy(np.array(pixels)).to(device).movedim(-1, 1)
         return [features.float().cpu().numpy() for features in network(images)]
 
