@@ -134,6 +134,7 @@ def run(words: str, out: Path, places: dict) -> dict:
         recorded("ParallelModule"),
         recorded("Checkpoints"),
         mock.patch.object(CodeShards, "verify", verified),
+        mock.patch.object(train_gpt, "locate_model", lambda name, _device: name),
         mock.patch.object(train_gpt, "preflight", lambda *_args, **_options: "checked"),
         mock.patch.object(pipeline, "make_preview", make_preview),
         mock.patch.object(loop, "keep_freed_memory"),
