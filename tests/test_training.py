@@ -205,9 +205,9 @@ def test_going_back_to_an_earlier_checkpoint_needs_the_later_ones_out_of_the_way
 
 
 def test_a_killed_run_resumes_to_the_same_weights(codes, tmp_path):
-    whole = train_generator(codes, tmp_path / "whole", "--steps", 400)
+    whole = train_generator(codes, tmp_path / "whole", "--steps", 120)
     out = tmp_path / "killed"
-    arguments = ["--codes", codes, "--out", out, *SMALL_GPT, *LOOP, "--ema", "0.9", "--steps", 400]
+    arguments = ["--codes", codes, "--out", out, *SMALL_GPT, *LOOP, "--ema", "0.9", "--steps", 120]
     command = [sys.executable, ROOT / "train_gpt.py", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for sent, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
@@ -219,7 +219,7 @@ def test_a_killed_run_resumes_to_the_same_weights(codes, tmp_path):
         process.send_signal(sent)
         assert process.wait(60) == code
         assert 0 < len(complete_checkpoints(out))
-    assert same(whole, train_generator(codes, out, "--steps", 400))
+    assert same(whole, train_generator(codes, out, "--steps", 120))
 
 
 def test_a_run_can_start_from_a_trained_generator(codes, tmp_path, capsys):
