@@ -45,6 +45,7 @@ SIZES = ("nano", *PRESETS)
 LOGIT_STD = 1.9  # entropy about ln 4096 - 1.9² / 2 = 6.5 nats
 CHECKED_POSITIONS = 2
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}  # of the largest logit
+ROUNDED = {"int8": 0.15}  # engines that round more than the number type does, and so draw other codes
 COLUMNS = {
     "size": "", "dtype": "", "batch": "d", "cfg": "g", "mode": "", "ms_per_position": ".2f", "spread": ".0%",
     "images_per_s": ".3g", "first_image_s": ".3g", "peak_gb": ".2f", "floor_ms": ".2f", "of_floor": ".0%",
@@ -157,7 +158,7 @@ def labels_for(gpt: GPT, batch: int) -> Tensor:
 
 def check_agreement(gpt: GPT, engines: list[str], settings: Settings) -> None:
     """ValueError unless all modes give the same logits for the same codes and, in float32, all engines draw the same
-    codes from the same noise: what follows times equal work."""
+    codes from the same noise: what follows times equal work. Engines in ROUNDED do the same work on rounder numbers."""
     labels = labels_for(gpt, 2)
     shape = (2, CHECKED_POSITIONS, gpt.config.num_codebooks)
     codes = torch.randint(gpt.config.codebook_size, shape, device=labels.device)
@@ -181,10 +182,11 @@ def check_agreement(gpt: GPT, engines: list[str], settings: Settings) -> None:
     first, *others = (torch.stack(logits).float() for logits in seen.values())
     for name, other in zip(list(seen)[1:], others, strict=True):
         off = ((first - other).abs().max() / first.abs().max()).item()
-        if not off <= AGREEMENT[dtype]:
+        if not off <= max(AGREEMENT[dtype], ROUNDED.get(name, 0), ROUNDED.get(reference, 0)):
             raise ValueError(f"{name} and {reference} disagree by {off:.1e} of the largest logit")
-    for name, other in drawn.items():
-        if dtype == torch.float32 and not torch.equal(other, drawn[reference]):
+    exact = {name: codes for name, codes in drawn.items() if name not in ROUNDED}
+    for name, other in exact.items():
+        if dtype == torch.float32 and not torch.equal(other, next(iter(exact.values()))):
             raise ValueError(f"{name} and {reference} draw different codes from the same noise")
 
 
