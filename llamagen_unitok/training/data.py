@@ -308,16 +308,14 @@ def step_batches(
         worker_init_fn=_start_worker if workers else None,
         prefetch_factor=4 if workers else None,
     )
-    failure: Exception | None = None
     batches = iter(loader)
     try:
         yield from batches
     except (ValueError, OSError) as error:
-        failure = type(error)(_raised_in_worker(str(error)))
+        raise type(error)(_raised_in_worker(str(error))) from None
     finally:
-        del batches  # its workers end with it
-    if failure:
-        raise failure  # from out here, for the traceback of the first one holds on to the workers
+        # It ends its workers when it is freed, but an error on its way out holds on to it.
+        getattr(batches, "_shutdown_workers", lambda: None)()
 
 
 def _raised_in_worker(text: str) -> str:
