@@ -19,6 +19,7 @@ from llamagen_unitok.grid import labelled_grid
 from llamagen_unitok.labels import ClassNames
 from llamagen_unitok.runtime.distributed import pick_device
 from llamagen_unitok.runtime.files import replacing
+from llamagen_unitok.runtime.memory import explained_batch
 from llamagen_unitok.sampling import SamplingConfig, generate, release
 from modelfolder import locate, replacing_folder, upload
 from tokenizer import Tokenizer, load_tokenizer, read_tokenizer_config
@@ -164,7 +165,7 @@ class ImageGenerator:
         with tqdm(total=total, unit="picture", desc="generating", disable=not progress or one_batch) as bar:
             while batch := list(itertools.islice(rows, batch_size)):
                 padded = batch + batch[-1:] * (batch_size - len(batch))
-                try:
+                with explained_batch(batch_size):
                     codes = generate(
                         self.gpt,
                         [label for label, _ in padded],
@@ -173,10 +174,6 @@ class ImageGenerator:
                         progress=progress and one_batch,
                         **sampling,
                     )
-                except torch.OutOfMemoryError:
-                    raise ValueError(
-                        f"out of memory with batches of {batch_size}: use a smaller --batch-size"
-                    ) from None
                 codes = codes[: len(batch)].cpu()
                 for (label, index), codes_LK in zip(batch, codes, strict=True):
                     yield Sample(label, index, self.decode(codes_LK[None])[0], codes_LK)

@@ -53,6 +53,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Nothing is kept in the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+
+
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory) -> Path:
     """A bundle on disk, for reading only."""

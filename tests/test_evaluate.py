@@ -29,13 +29,10 @@ from tests.tiny_extractor import NamelessExtractor, TinyExtractor, pictures, wri
 from tokenizer.images import adm_centre_crop
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.filterwarnings("ignore::llamagen_unitok.evaluation.figures.BiasedFigureWarning")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Nothing is kept in the user's cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::llamagen_unitok.evaluation.figures.BiasedFigureWarning"),
+    pytest.mark.usefixtures("own_cache"),
+]
 
 
 @pytest.fixture

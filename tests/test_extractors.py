@@ -17,13 +17,10 @@ from llamagen_unitok.evaluation.metrics import METRICS
 from llamagen_unitok.evaluation.npz import write_npz
 from tests.tiny_extractor import pictures
 
-pytestmark = pytest.mark.filterwarnings("ignore::llamagen_unitok.evaluation.figures.BiasedFigureWarning")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Nothing is kept in the user's cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::llamagen_unitok.evaluation.figures.BiasedFigureWarning"),
+    pytest.mark.usefixtures("own_cache"),
+]
 
 
 def test_a_pickle_that_runs_code_is_not_run(tmp_path, monkeypatch):

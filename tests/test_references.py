@@ -11,13 +11,10 @@ from llamagen_unitok.evaluation.npz import write_npz
 from llamagen_unitok.evaluation.references import Reference, make_reference
 from tests.tiny_extractor import NamelessExtractor, TinyExtractor, pictures, write_folder
 
-pytestmark = pytest.mark.filterwarnings("ignore::llamagen_unitok.evaluation.figures.BiasedFigureWarning")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Nothing is kept in the user's cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::llamagen_unitok.evaluation.figures.BiasedFigureWarning"),
+    pytest.mark.usefixtures("own_cache"),
+]
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from llamagen_unitok.gpt import GPT
 from llamagen_unitok.grid import labelled_grid
 from llamagen_unitok.pipeline import ImageGenerator
 from llamagen_unitok.runtime.files import check_writable_folder, replacing
+from llamagen_unitok.runtime.memory import explained_batch
 from llamagen_unitok.sampling import SamplingConfig
 from llamagen_unitok.training.data import CodeMeta, CodeShards
 
@@ -223,10 +224,8 @@ def measure_likelihoods(gpt: GPT, batches: Iterable[tuple[np.ndarray, np.ndarray
         if gpt.config.has_null_class:
             conditions["unconditional"] = torch.full_like(own, null)
         for name, given in conditions.items():
-            try:
+            with explained_batch(len(codes)):
                 bits = gpt.nll(given, codes).double() / math.log(2)  # (B, L, K)
-            except torch.OutOfMemoryError:
-                raise ValueError(f"out of memory with batches of {len(codes)}: use a smaller --batch-size") from None
             if not bool(torch.isfinite(bits).all()):
                 raise ValueError("the generator gives likelihoods that are not finite: its weights are damaged")
             totals[name] = totals.get(name, 0) + bits.sum(dim=0)

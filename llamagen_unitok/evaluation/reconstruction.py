@@ -25,6 +25,7 @@ from llamagen_unitok.evaluation.metrics.frechet import frechet_distance, rank_wa
 from llamagen_unitok.evaluation.picture_quality import LPIPS_TRUNKS, load_lpips, ssim
 from llamagen_unitok.grid import BACKGROUND, GAP, INK, labelled_grid
 from llamagen_unitok.runtime.files import check_writable_file, replacing
+from llamagen_unitok.runtime.memory import explained_batch
 from tokenizer import Tokenizer
 from tokenizer.images import psnr, to_uint8, to_unit
 
@@ -218,11 +219,9 @@ def error_map(original: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 
 def _there_and_back(tokenizer: Tokenizer, originals: np.ndarray, device: torch.device) -> Batch:
-    try:
+    with explained_batch(len(originals)):
         codes = tokenizer.encode(to_unit(originals).to(device))
         images = tokenizer.decode(codes)
-    except torch.OutOfMemoryError:
-        raise ValueError(f"out of memory with batches of {len(originals)}: use a smaller --batch-size") from None
     if not bool(torch.isfinite(images).all()):
         raise ValueError("the tokenizer makes pixels that are not finite: its weights are damaged")
     return Batch(originals, to_uint8(images), codes.cpu().numpy())

@@ -14,7 +14,6 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from llamagen_unitok.pipeline import ImageGenerator
 from llamagen_unitok.runtime.background import Background
 from llamagen_unitok.runtime.distributed import World
 from llamagen_unitok.runtime.files import clear_unfinished, replacing
+from llamagen_unitok.runtime.memory import explained_batch
 from llamagen_unitok.sampling import SamplingConfig, engine_name, generate
 from llamagen_unitok.sampling.seeds import MAX_SEED
 from tokenizer.images import Resize, to_uint8
@@ -259,7 +259,7 @@ def _generate(
     sampling = {f.name: record[f.name] for f in dataclasses.fields(SamplingConfig)}
     for first in range(part.start, part.stop, run.batch_size):
         indices = [min(i, part.stop - 1) for i in range(first, first + run.batch_size)]
-        with _memory_named(run.batch_size):
+        with explained_batch(run.batch_size):
             codes = generate(
                 generator.gpt, labels[indices].tolist(), indices=indices, engine=record["engine"], **sampling
             )
@@ -270,7 +270,7 @@ def _decode(
     generator: ImageGenerator, codes: Tensor, stream: torch.cuda.Stream | None, ready: torch.cuda.Event | None
 ) -> np.ndarray:
     """codes (B, L, K) → uint8 (B, H, W, 3); on CUDA on a stream of its own, from when the codes are ready."""
-    with torch.cuda.stream(stream), _memory_named(len(codes)):
+    with torch.cuda.stream(stream), explained_batch(len(codes)):
         if ready is not None:
             ready.wait()
         return to_uint8(torch.cat([generator.images(rows) for rows in codes.split(DECODE_ROWS)]))
@@ -288,14 +288,6 @@ def _write_part(path: Path, count: int, pixels: list[Future[np.ndarray]], codes:
         "codes": torch.cat(codes)[:count].cpu().numpy().astype(np.uint16),
     }
     write_npz(path, arrays)
-
-
-@contextmanager
-def _memory_named(batch_size: int) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise ValueError(f"out of memory with batches of {batch_size}: use a smaller --batch-size") from None
 
 
 def _merge(names: list[Path], parts: list[range], labels: np.ndarray, record: dict[str, Any], path: Path) -> None:

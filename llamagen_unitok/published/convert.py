@@ -21,6 +21,7 @@ from llamagen_unitok.pipeline import CARD_NAME, DTYPES, ImageGenerator, check_fi
 from llamagen_unitok.published.layouts import GENERATOR, TOKENIZER, WEIGHTS, PublishedFile, open_published
 from llamagen_unitok.published.presets import generator_of_file, licence_of_file
 from llamagen_unitok.runtime.distributed import pick_device
+from llamagen_unitok.runtime.memory import explained_memory
 from modelfolder import check_replaceable, file_hash, replacing_folder
 from tokenizer import VQGAN, UniTok, load_tokenizer
 from tokenizer.table import PART as TOKENIZER_PART
@@ -219,15 +220,13 @@ def check_bundle(folder: Path, *, device: str, dtype: torch.dtype, picture: bool
     """
     check_tokenizer(folder)
     chosen = pick_device(device)
-    try:
+    with explained_memory("while checking the bundle: give --device cpu, or --no-picture"):
         generator = ImageGenerator.from_pretrained(
             folder, device=chosen, dtype=torch.bfloat16 if chosen.type == "cuda" else dtype
         )
         if picture:
             # The plain engine: a faster one keeps a copy of the weights in a layout of its own.
             generator([0], batch_size=1, progress=progress, engine="eager")
-    except torch.OutOfMemoryError:
-        raise ValueError("out of memory while checking the bundle: give --device cpu, or --no-picture") from None
 
 
 def _check_out(out: Path, inputs: list[Path]) -> None:

@@ -6,7 +6,7 @@ import ctypes
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -47,3 +47,8 @@ def explained_memory(doing: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise ValueError(f"out of memory {doing}") from None
+
+
+def explained_batch(rows: int) -> AbstractContextManager[None]:
+    """The same, for work in batches of so many rows."""
+    return explained_memory(f"with batches of {rows}: use a smaller --batch-size")

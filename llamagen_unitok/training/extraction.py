@@ -16,6 +16,7 @@ from llamagen_unitok.grid import labelled_grid
 from llamagen_unitok.labels import ClassNames, check_classes
 from llamagen_unitok.runtime.distributed import World
 from llamagen_unitok.runtime.files import clear_unfinished, replacing
+from llamagen_unitok.runtime.memory import explained_memory
 from llamagen_unitok.training.data import (
     META_NAME,
     CodeMeta,
@@ -263,11 +264,9 @@ def encode_views(tokenizer: Tokenizer, views: np.ndarray, dtype: str, device: to
     Raises ValueError when the device has too little memory.
     """
     images = to_unit(torch.from_numpy(views).flatten(0, 1).to(device))
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-            return tokenizer.encode(images).unflatten(0, views.shape[:2])
-    except torch.OutOfMemoryError:
-        raise ValueError(f"out of memory with {len(images)} views in a batch: use a smaller --batch-size") from None
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
+    with autocast, explained_memory(f"with {len(images)} views in a batch: use a smaller --batch-size"):
+        return tokenizer.encode(images).unflatten(0, views.shape[:2])
 
 
 @torch.no_grad()
