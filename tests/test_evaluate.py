@@ -416,7 +416,8 @@ from llamagen_unitok.evaluation.figures import evaluate_samples
 from llamagen_unitok.evaluation.npz import ArrayStream, write_npz
 
 class Wide:
-    name, frechet_name, width, weights_hash = "wide", "FID", 2048, "0" * 64
+    name, frechet_name, weights_hash = "wide", "FID", "0" * 64
+    width, spatial_width, has_logits = 2048, 2023, True
 
     def __init__(self):
         random = np.random.default_rng(0)
