@@ -8,7 +8,6 @@ process makes which part changes nothing.
 from __future__ import annotations
 
 import dataclasses
-import glob
 import json
 import math
 import shutil
@@ -208,8 +207,7 @@ def run_samples(
         if len(gpus) > 1:
             raise ValueError(f"the processes run on {' and '.join(gpus)}: one kind of GPU alone makes equal bytes")
         _open_parts(parts_folder, record)
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            left.unlink()  # of a process killed while it merged
+        clear_unfinished(path.parent, path.name)  # of a process killed while it merged
         _drop_damaged(parts_folder, generator, run)
         _check_disk(parts_folder, generator, run)
         return False

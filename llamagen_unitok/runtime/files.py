@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -41,16 +42,17 @@ def _check_folder(flag: str, path: Path, folder: Path) -> None:
         raise ValueError(f"{flag} {path} cannot be written: {error.strerror} ({folder})") from None
 
 
-def clear_unfinished(folder: Path, name: str = "*") -> None:
+def clear_unfinished(folder: Path, name: str | None = None) -> None:
     """Remove what a killed process left half-written in a folder that one run has to itself, of one `name` or of all.
 
     Call it before any process of the run writes there. What was being replaced just then gets its name back.
     """
-    for left in folder.glob(f".{name}.*.old"):
+    hidden = ".*" if name is None else f".{glob.escape(name)}.*"
+    for left in folder.glob(f"{hidden}.old"):
         whole = folder / left.name[1:].rsplit(".", 2)[0]
         if not whole.exists():
             left.rename(whole)
-    for left in (*folder.glob(f".{name}.*.tmp"), *folder.glob(f".{name}.*.old")):
+    for left in (*folder.glob(f"{hidden}.tmp"), *folder.glob(f"{hidden}.old")):
         shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
