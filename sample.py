@@ -33,7 +33,7 @@ from llamagen_unitok.published.cache import locate_model
 from llamagen_unitok.runtime.distributed import processes
 from llamagen_unitok.runtime.files import check_writable_file, check_writable_folder, replacing
 from llamagen_unitok.runtime.flags import Parser, add_flags, given_flags, run_cli, settings_from
-from llamagen_unitok.sampling import ENGINES, SamplingConfig
+from llamagen_unitok.sampling import ENGINES, SamplingConfig, engine_name
 from llamagen_unitok.sampling.batches import number_or_auto, propose_batch_size
 from tokenizer.images import Resize
 
@@ -228,10 +228,10 @@ def sample(flags) -> None:
         check_writable_file("--out", sheet, PICTURE_ENDINGS)
 
     batch_size = batch_size_for(flags, generator, BATCH_SIZE, max(1, len(labels) * flags.num))
+    # Which may build native code, once: not a part of what is timed.
+    engine = engine_name(flags.engine, generator.gpt.norm.weight.device.type)
     started = time.perf_counter()
-    samples = generator.stream(
-        labels, flags.num, batch_size=batch_size, progress=True, engine=flags.engine, **vars(config)
-    )
+    samples = generator.stream(labels, flags.num, batch_size=batch_size, progress=True, engine=engine, **vars(config))
     if flags.save_images:
         samples = saved_one_by_one(samples, names, flags.save_images, run_name)
     if sheet or flags.npz:

@@ -71,7 +71,7 @@ def build_parser() -> Parser:
     much.add_argument("--device", default="auto", help="auto, cpu or cuda")
     much.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto is fp32 on cpu, bf16 on cuda")
     much.add_argument(
-        "--engine", default="auto", choices=["auto", *ENGINES], help="auto: packed (cpu), compiled (cuda)"
+        "--engine", default="auto", choices=["auto", *ENGINES], help="auto: native (cpu), compiled (cuda)"
     )
     much.add_argument("--decoder", default="plain", choices=DECODERS, help="plain is exact; see sample.py")
     measure = parser.add_argument_group("how to measure")

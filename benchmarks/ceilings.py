@@ -20,10 +20,12 @@ REPEATS = 5
 
 
 class Ceilings(NamedTuple):
-    """bandwidth: bytes/s of the fastest way to read a matrix found here.   matrix: FLOP/s of a square product."""
+    """bandwidth: bytes/s of the fastest way to read a matrix found here.   matrix: FLOP/s of a square product.
+    cached: the same as bandwidth for the depth head's weights read again and again; None where no cache holds them."""
 
     bandwidth: float
     matrix: float
+    cached: float | None = None
 
 
 def synchronize(device: torch.device) -> None:
@@ -57,7 +59,8 @@ def _bandwidth(device: torch.device, dtype: torch.dtype, size: int) -> float:
 
     No single kernel is the measure: on one machine the plain product reached half of what the packed engine reads.
     """
-    numbers = torch.empty(size // dtype.itemsize, device=device, dtype=dtype).normal_()
+    widest = max(WIDTHS)
+    numbers = torch.empty(size // dtype.itemsize // widest * widest, device=device, dtype=dtype).normal_()
     best = min(seconds(numbers.sum, device) for _ in range(REPEATS))
     for width in WIDTHS:
         weights = numbers.view(-1, width)
@@ -68,7 +71,7 @@ def _bandwidth(device: torch.device, dtype: torch.dtype, size: int) -> float:
             products.append(lambda run=packed, v=vector: run(v))
         best = min(best, *(seconds(product, device) for product in products for _ in range(REPEATS)))
         del products
-    return size / best
+    return numbers.nbytes / best
 
 
 def last_level_cache() -> int | None:
@@ -80,16 +83,18 @@ def last_level_cache() -> int | None:
     return max((int(size.rstrip("KM")) << (20 if size.endswith("M") else 10) for size in sizes), default=None)
 
 
-def in_cache(config: GPTConfig, itemsize: int, cache: int | None) -> str | None:
-    """Which of the weights that a floor counts as read from memory can stay in a cache of so many bytes instead."""
-    if cache is None:
-        return None
-    trunk, head = config.layers * _block(config), config.depth_layers * _block(config)
-    head += config.width * config.codebook_size
-    for what, weights in (("all weights", trunk + head), ("the depth head's weights", head)):
-        if weights * itemsize < cache:
-            return f"{what} ({weights * itemsize / 1e6:.0f} MB)"
-    return None
+def head_weights(config: GPTConfig) -> int:
+    """How many weights every step of the depth head reads."""
+    return config.depth_layers * _block(config) + config.width * config.codebook_size
+
+
+def for_config(ceilings: Ceilings, config: GPTConfig, device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """The ceilings with this generator's `cached`, on a CPU whose last-level cache can hold the depth head."""
+    size, cache = head_weights(config) * dtype.itemsize, last_level_cache() if device.type == "cpu" else None
+    if cache is None or size >= cache:
+        return ceilings._replace(cached=None)
+    with torch.inference_mode():
+        return ceilings._replace(cached=max(ceilings.bandwidth, _bandwidth(device, torch.float32, size)))
 
 
 def _block(config: GPTConfig) -> int:
@@ -101,16 +106,16 @@ def _block(config: GPTConfig) -> int:
 def floor_seconds(config: GPTConfig, rows: int, positions: list[int], itemsize: int, ceilings: Ceilings) -> float:
     """The least time of one position of `rows` sequences, the mean over `positions`: no overlap between phases.
 
-    Each phase (trunk, depth head, cached keys and values) takes the longer of its bytes and its FLOPs.
+    Each phase (trunk, K steps of the depth head, cached keys and values) takes the longer of its bytes and its FLOPs.
+    The depth head's first step reads from memory, the others from a cache where one holds its weights.
     """
-    block = _block(config)
-    phases = [(config.layers * block, 1)]
-    output = config.width * config.codebook_size
-    phases.append((config.depth_layers * block + output, config.num_codebooks))
-    total = sum(
-        times * max(weights * itemsize / ceilings.bandwidth, 2 * rows * weights / ceilings.matrix)
-        for weights, times in phases
-    )
-    cached = statistics.mean(position + 2 for position in positions)  # read up to and with it, and write it
-    kv_bytes = rows * config.layers * 2 * config.kv_heads * config.head_width * itemsize * cached
+
+    def phase(weights: int, bandwidth: float) -> float:
+        return max(weights * itemsize / bandwidth, 2 * rows * weights / ceilings.matrix)
+
+    head = head_weights(config)
+    total = phase(config.layers * _block(config), ceilings.bandwidth) + phase(head, ceilings.bandwidth)
+    total += (config.num_codebooks - 1) * phase(head, ceilings.cached or ceilings.bandwidth)
+    read = statistics.mean(position + 2 for position in positions)  # up to and with it, and it is written
+    kv_bytes = rows * config.layers * 2 * config.kv_heads * config.head_width * itemsize * read
     return total + kv_bytes / ceilings.bandwidth

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.ceilings import Ceilings, floor_seconds, in_cache, last_level_cache, measure, seconds, synchronize
+from benchmarks.ceilings import Ceilings, floor_seconds, for_config, measure, seconds, synchronize
 from benchmarks.kernel_count import count_kernels
 from benchmarks.published_loop import PublishedLoop
 from benchmarks.report import machine, print_header, print_json, print_row, warn_if_busy
@@ -110,20 +110,20 @@ def benchmark(settings: Settings) -> None:
     facts = machine(device)
     warn_if_busy(facts, device)
     ceilings = {dtype: measure(device, DTYPES[dtype]) for dtype in dtypes}
-    facts["ceilings"] = {dtype: ceiling._asdict() for dtype, ceiling in ceilings.items()}
-    for dtype, (bandwidth, matrix) in ceilings.items():
+    for dtype, (bandwidth, matrix, _) in ceilings.items():
         print(f"{dtype}: matrix-vector {bandwidth / 1e9:.1f} GB/s, matrix product {matrix / 1e9:.0f} GFLOP/s")
 
-    cache = last_level_cache() if device.type == "cpu" else None
     rows: list[dict] = []
+    facts["ceilings"] = {}
     for size in sizes:
         gpts = {dtype: random_generator(size, device, DTYPES[dtype]) for dtype in dtypes}
         config = gpts[dtypes[0]].config
         for dtype, gpt in gpts.items():
             check_agreement(gpt, engines, settings)
-            cached = in_cache(config, DTYPES[dtype].itemsize, cache)
-            if cached:
-                print(f"{size} {dtype}: {cached} can stay in the last-level cache, so the floor is not one there")
+            ceilings[dtype] = for_config(ceilings[dtype], config, device, DTYPES[dtype])
+            if cached := ceilings[dtype].cached:
+                print(f"{size} {dtype}: a cache can hold the depth head, {cached / 1e9:.1f} GB/s when read again")
+        facts["ceilings"][size] = {dtype: ceiling._asdict() for dtype, ceiling in ceilings.items()}
         print_header(COLUMNS)
         for batch in batches:
             for scale in scales:

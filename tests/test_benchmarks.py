@@ -131,12 +131,18 @@ def test_bandwidth_is_that_of_the_fastest_way_to_read(monkeypatch):
     assert ceilings._bandwidth(torch.device("cpu"), torch.float32, 1 << 20) == (1 << 20) / 2.0
 
 
-def test_weights_that_a_cache_holds_are_named():
-    config = GPTConfig.preset("B")
-    assert ceilings.in_cache(config, 4, 32 << 20) is None
-    assert "depth head" in ceilings.in_cache(config, 4, 260 << 20)
-    assert "all weights" in ceilings.in_cache(config, 2, 260 << 20)
-    assert ceilings.in_cache(config, 2, None) is None
+def test_a_depth_head_that_a_cache_holds_is_read_again_at_the_speed_of_the_cache(monkeypatch):
+    config, cpu, plain = GPTConfig.preset("B"), torch.device("cpu"), Ceilings(1e10, 1e15)
+    head = ceilings.head_weights(config) * 4
+    assert head == pytest.approx(126e6, rel=0.01)
+    sizes = []
+    monkeypatch.setattr(ceilings, "_bandwidth", lambda device, dtype, size: sizes.append(size) or 4e10)
+    for cache, expected in ((None, None), (32 << 20, None), (260 << 20, 4e10)):
+        monkeypatch.setattr(ceilings, "last_level_cache", lambda cache=cache: cache)
+        assert ceilings.for_config(plain._replace(cached=1.0), config, cpu, torch.float32).cached == expected
+    assert sizes == [head]
+    saved = floor_seconds(config, 1, [0], 4, plain) - floor_seconds(config, 1, [0], 4, plain._replace(cached=4e10))
+    assert saved == pytest.approx(7 * head * (1 / 1e10 - 1 / 4e10))
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,12 @@ from llamagen_unitok.sampling.kept import Kept, kept_for
 from llamagen_unitok.sampling.packed import PackedEngine
 from llamagen_unitok.sampling.seeds import picture_uniforms
 from llamagen_unitok.sampling.steps import Run
+from tests.compiler import NATIVE
 from tests.tiny_generator import GROUPED, SINGLE, random_batch, tiny_gpt
 
 VARIANTS = pytest.mark.parametrize("changes", [{}, SINGLE, GROUPED], ids=["K=3", "K=1", "grouped"])
 COMPILED = pytest.param("compiled", marks=pytest.mark.slow)
-OTHERS = pytest.mark.parametrize("engine", ["packed", "graph", COMPILED])
+OTHERS = pytest.mark.parametrize("engine", ["packed", NATIVE, "graph", COMPILED])
 WIDE = {"width": 256, "codebook_size": 1024, "num_positions": 4}  # enough for blocked matrix products
 SAMPLINGS = [
     {},
@@ -46,8 +47,7 @@ FILTERS = [
 
 
 def test_every_engine_is_tested_here():
-    assert set(ENGINES) == {"eager", "packed", "int8", "graph", "compiled"}  # int8: test_int8.py
-    assert engine_class("auto", "cpu") is ENGINES["packed"]
+    assert set(ENGINES) == {"eager", "packed", "native", "int8", "graph", "compiled"}  # int8, cpu: test_native.py
     assert engine_class("auto", "cuda") is ENGINES["graph"]
     assert engine_class("auto", "mps") is ENGINES["eager"]
 
@@ -84,7 +84,7 @@ def test_cached_logits_are_the_teacher_forced_ones(changes, batch, scale, engine
     assert torch.equal(decode(gpt, labels, forced, scales, engine=engine), codes)
 
 
-@pytest.mark.parametrize("engine", ["packed", "graph"])
+@pytest.mark.parametrize("engine", ["packed", NATIVE, "graph"])
 def test_bfloat16_logits_are_as_near_to_float32_as_those_of_the_plain_engine(engine):
     gpt, rounded = tiny_gpt(**WIDE), tiny_gpt(**WIDE).bfloat16()
     labels, codes = random_batch(gpt, 6)
@@ -105,7 +105,7 @@ def test_bfloat16_logits_are_as_near_to_float32_as_those_of_the_plain_engine(eng
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [2, 7, 8])
-@pytest.mark.parametrize("engine", ["eager", "packed", "graph"])
+@pytest.mark.parametrize("engine", ["eager", "packed", NATIVE, "graph"])
 def test_codes_depend_neither_on_order_nor_on_neighbours(engine, batch, dtype):
     gpt = tiny_gpt(**WIDE).to(dtype)
     labels, _ = random_batch(gpt, batch)
@@ -118,7 +118,7 @@ def test_codes_depend_neither_on_order_nor_on_neighbours(engine, batch, dtype):
     assert torch.equal(beside[-1], codes[0])
 
 
-@pytest.mark.parametrize("engine", ["eager", "packed", "graph"])
+@pytest.mark.parametrize("engine", ["eager", "packed", NATIVE, "graph"])
 def test_damaged_weights_are_noticed(engine):
     gpt = tiny_gpt()
     with torch.no_grad():
@@ -161,7 +161,7 @@ def test_drawn_entries_have_the_filtered_distribution(filters, device_side):
     assert chisquare(drawn.numpy()[possible], expected * count / expected.sum()).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("engine", ["eager", "packed", "graph"])
+@pytest.mark.parametrize("engine", ["eager", "packed", NATIVE, "graph"])
 def test_sampled_first_codes_have_the_distribution_of_their_logits(engine):
     gpt = tiny_gpt(num_positions=1)
     count = 2000
@@ -177,7 +177,7 @@ def test_sampled_first_codes_have_the_distribution_of_their_logits(engine):
 # --- what is kept
 
 
-@pytest.mark.parametrize("engine", ["eager", "packed", "graph"])
+@pytest.mark.parametrize("engine", ["eager", "packed", NATIVE, "graph"])
 def test_a_later_run_uses_the_same_memory_and_a_changed_weight_is_seen(engine, monkeypatch):
     built = []
     plain_get = Kept.get
@@ -215,7 +215,7 @@ def test_a_table_that_moved_is_seen(change):
         assert after is not before
 
 
-@pytest.mark.parametrize("engine", ["eager", "packed", "graph"])
+@pytest.mark.parametrize("engine", ["eager", "packed", NATIVE, "graph"])
 def test_what_is_kept_does_not_keep_the_generator(engine):
     gpt = tiny_gpt()
     generate(gpt, [0], engine=engine)

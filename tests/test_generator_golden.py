@@ -12,6 +12,7 @@ import torch
 from llamagen_unitok import GPT, generate
 from llamagen_unitok.sampling import decode
 from llamagen_unitok.sampling.guidance import guidance_scales
+from tests.compiler import needs_compiler
 from tests.golden.fill import fill_crc32, seeded_fill
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -21,10 +22,11 @@ SLOW = pytest.mark.slow
 def on_every_engine(*cases):
     """Each case (name, scale, interval) on each engine. By default only what a CPU runs, and the last case on all;
     the compiled engine is the graph engine's step, and test_engines.py compares the two."""
+    marks = {"native": [needs_compiler], "packed": [SLOW], "eager": [SLOW], "graph": [SLOW]}
     return [
-        pytest.param(*case, engine, marks=() if engine == "packed" or case is cases[-1] else SLOW)
+        pytest.param(*case, engine, marks=[mark for mark in own if mark is not SLOW or case is not cases[-1]])
         for case in cases
-        for engine in ("packed", "eager", "graph")
+        for engine, own in marks.items()
     ]
 
 

@@ -13,6 +13,7 @@ PACKAGES = ("modelfolder", "tokenizer", "llamagen_unitok")
 LOWER_FIRST = [
     "modelfolder",
     "tokenizer",
+    "llamagen_unitok.cache",
     "llamagen_unitok.config",
     "llamagen_unitok.rope",
     "llamagen_unitok.cross_entropy",

@@ -7,7 +7,6 @@ the reference and the weights of the network.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Collection
 from contextlib import suppress
 from functools import cached_property
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from llamagen_unitok.cache import cache_folder
 from llamagen_unitok.evaluation.extractors import Extractor
 from llamagen_unitok.evaluation.features import FeatureSet, collect_features
 from llamagen_unitok.evaluation.gaussian import Gaussian
@@ -164,8 +164,7 @@ class Reference:
         """Where the features may be kept: beside the reference, else among the user's cached files."""
         key = f"{_CACHE_VERSION} {self.content_hash} {extractor.name} {extractor.weights_hash}"
         name = f"{self.path.resolve().name}.{extractor.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamagen-unitok"
-        return [self.path.resolve().parent / name, user / name]
+        return [self.path.resolve().parent / name, cache_folder() / name]
 
     def _cached(self, extractor: Extractor) -> FeatureSet | None:
         for file in self._cache_files(extractor):

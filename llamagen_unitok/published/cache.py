@@ -6,25 +6,16 @@ CACHE/models/PRESET/                   the bundle, or the tokenizer folder, made
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
+from llamagen_unitok.cache import CACHE_VARIABLE, cache_folder
 from llamagen_unitok.published.convert import Conversion, convert
 from llamagen_unitok.published.download import LOCAL_FAILURES, DamagedDownload, download_from_hub
 from llamagen_unitok.published.presets import GENERATORS, TOKENIZERS, HubFile
 from llamagen_unitok.runtime.files import clear_unfinished
 from modelfolder import ModelFolderError, file_hash, locate
 from modelfolder.folder import CONFIG_NAME
-
-CACHE_VARIABLE = "LLAMAGEN_UNITOK_CACHE"
-
-
-def cache_folder() -> Path:
-    """$LLAMAGEN_UNITOK_CACHE, else llamagen-unitok in $XDG_CACHE_HOME, else in ~/.cache."""
-    if own := os.environ.get(CACHE_VARIABLE):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "llamagen-unitok"
 
 
 def locate_model(name: str | Path, device: str = "auto") -> Path:

@@ -48,7 +48,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def second_copy_bytes(gpt: GPT) -> int:
-    """What the engines store beside the weights: all matrices in another layout on a CPU, merged ones elsewhere."""
+    """The most that an engine stores beside the weights: all matrices in another layout (packed), or merged ones."""
     if gpt.norm.weight.device.type != "cpu":
         return merged_bytes(gpt)
     matrices = (module.weight for module in gpt.modules() if isinstance(module, nn.Linear))
