@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamagen_unitok import generate
-from llamagen_unitok.sampling import building, engine_name, engines, native
+from llamagen_unitok.sampling import building, decode, engine_name, engines, native
 from llamagen_unitok.sampling.building import BuildError, load_library
 from llamagen_unitok.sampling.engines import engine_class
 from llamagen_unitok.sampling.kept import Kept
@@ -140,6 +140,27 @@ def test_caches_are_only_read_up_to_the_position():
 
 
 @needs_compiler
+def test_a_position_past_the_end_is_refused():
+    gpt = tiny_gpt()
+    with pytest.raises(IndexError, match="no position 9 of 9"):
+        decode(gpt, torch.tensor([0]), lambda logits, p, k: logits.argmax(-1), [1.0] * 10, engine="native")
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_callers_default_number_type_changes_nothing(dtype):
+    gpt = tiny_gpt()
+    labels, codes = random_batch(gpt, 2)
+    expected = logits_of(gpt, labels, codes, NativeEngine)
+    torch.set_default_dtype(dtype)
+    try:
+        found = logits_of(gpt, labels, codes, NativeEngine)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
+@needs_compiler
 def test_weights_of_other_types_are_read_as_float32():
     gpt = tiny_gpt(**WIDE).half()
     labels, codes = random_batch(gpt, 2)
@@ -198,7 +219,7 @@ def fresh(monkeypatch, own_cache):
 
 
 def compiler_that(tmp_path: Path, script: str) -> str:
-    path = tmp_path / "cxx"
+    path = tmp_path / "g++"
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(path.stat().st_mode | stat.S_IEXEC)
     return str(path)
@@ -207,14 +228,17 @@ def compiler_that(tmp_path: Path, script: str) -> str:
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        (None, "no C++ compiler was found (looked for /nowhere/c++)"),
+        (None, "no C++ compiler was found (looked for g++, c++ and $CXX)"),
         ("echo note >&2; echo 'a.cpp:3: error: no such thing' >&2; exit 1", "failed: a.cpp:3: error: no such thing"),
         ("exit 1", "failed: no reason given"),
         ("for last; do :; done; echo text > \"$last\"", "does not load"),
     ],
 )  # fmt: skip
 def test_without_native_code_auto_is_packed_and_says_why_once(fresh, script, message, tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("CXX", "/nowhere/c++" if script is None else compiler_that(tmp_path, script))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    if script is not None:
+        compiler_that(tmp_path, script)
     gpt = tiny_gpt()
     with caplog.at_level(logging.WARNING):
         codes = generate(gpt, [0, 1])
@@ -245,7 +269,7 @@ def test_a_library_is_built_once_for_each_source_and_cpu(fresh, tmp_path, monkey
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
     compile_ = building._compile
     monkeypatch.setattr(building, "_compile", lambda command: built.append(command) or compile_(command))
-    monkeypatch.setattr(building, "_cpu", lambda: "another")
+    monkeypatch.setattr(building, "_machine", lambda: "another")
     load_library(source)
     source.write_text(SMALL.replace("42", "43"))
     assert load_library(source).answer() == 43
@@ -258,6 +282,32 @@ def test_a_cache_that_cannot_be_written_costs_only_the_building(fresh, tmp_path,
     source.write_text(SMALL)
     file.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    assert load_library(source).answer() == 42
+
+
+@needs_compiler
+def test_a_compiler_that_fails_leaves_it_to_the_next_and_may_be_several_words(fresh, tmp_path, monkeypatch):
+    source = tmp_path / "small.cpp"
+    source.write_text(SMALL)
+    monkeypatch.setenv("CXX", "false --with arguments")
+    assert load_library(source).answer() == 42
+    monkeypatch.setenv("CXX", "env VARIABLE=1 g++")
+    tried = []
+    monkeypatch.setattr(building, "_compile", lambda command: tried.append(command[1:3]) or Path(command[-1]).touch())
+    with pytest.raises(BuildError, match="does not load"):
+        monkeypatch.setattr(building, "COMPILERS", ())
+        load_library(source)
+    assert tried == [["VARIABLE=1", "g++"]]
+
+
+@needs_compiler
+def test_a_user_without_a_home_builds_for_the_process(fresh, tmp_path, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    source = tmp_path / "small.cpp"
+    source.write_text(SMALL)
+    monkeypatch.setattr(building, "cache_folder", no_home)
     assert load_library(source).answer() == 42
 
 

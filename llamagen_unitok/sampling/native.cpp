@@ -10,6 +10,10 @@
 //
 // Letters: B rows (sequences), C width, D head width, F feed-forward width, H query heads, G key heads, V entries.
 
+#if !defined(__GNUC__) || defined(__clang__)
+#error "needs GNU C++: the OpenMP of other compilers is a second one beside torch's, and some of those end the process"
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -1,4 +1,4 @@
-"""The engine for CPUs with a C++ compiler: a step of the trunk, or of the depth head, in one call of native.cpp.
+"""The engine for CPUs with a GNU C++ compiler: a step of the trunk, or of the depth head, in one call of native.cpp.
 
 Weights are read where they lie, so there is no second copy of them and nothing to prepare; or, in the 8-bit engine,
 from matrices of one byte a weight. All activations are float32. A row's logits follow from it alone, bit for bit,
@@ -96,7 +96,7 @@ class _NativeWeights:
         shared = 2 * inner + 2 * config.kv_heads * config.head_width + 2 * config.ffn_width
         longest = max(config.num_positions, config.num_codebooks)
         own = rows * config.width + self._padded(longest) + self._padded(config.head_width)
-        self.scratch = torch.empty(rows * shared + threads * own)
+        self.scratch = torch.empty(rows * shared + threads * own, dtype=torch.float32)
         self.turns = gpt.rope.table  # (1 + L, D/2, 2) float32
 
     def _stack(self, blocks: nn.ModuleList | tuple[()], length: int, sizes: dict[str, float]) -> _Stack:
@@ -172,8 +172,10 @@ class NativeEngine(SteppedEngine):
 
     def _step(self, stack: _Stack, x: Tensor, p: int, turn: int | None, width: int) -> Tensor:
         """x (rows, C) → (rows, width) float32."""
+        if not 0 <= p < stack.length:
+            raise IndexError(f"there is no position {p} of {stack.length}")
         x = x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # it is overwritten
-        y = torch.empty(len(x), width)
+        y = torch.empty(len(x), width, dtype=torch.float32)
         self.library.step(stack, len(x), p, x.data_ptr(), turn, y.data_ptr(), self.weights.scratch.data_ptr())
         return y
 
