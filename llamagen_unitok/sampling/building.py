@@ -9,6 +9,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -19,12 +20,15 @@ from llamagen_unitok.cache import cache_folder
 
 COMPILERS = ("g++", "c++")  # after $CXX
 FLAGS = ("-std=c++17", "-O2", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared")
-LONGEST = 300.0  # seconds that a compiler may take
+LONGEST = 120.0  # seconds that a compiler may take
+DIGEST = (
+    32  # bytes of a kept file after the library's own: their SHA-256, since loading half a library ends the process
+)
 
 _log = logging.getLogger(__name__)
 
 
-class BuildError(RuntimeError):
+class BuildError(Exception):
     """Why there is no library, in one line."""
 
 
@@ -46,26 +50,36 @@ def load_library(source: Path, target: str = "native") -> ctypes.CDLL:
 
 
 def _compilers() -> Iterator[list[str]]:
+    tried = set()
     for name in (os.environ.get("CXX", ""), *COMPILERS):
-        words = shlex.split(name)  # "ccache g++" is two
-        if words and shutil.which(words[0]):
-            yield [str(shutil.which(words[0])), *words[1:]]
+        try:
+            words = shlex.split(name)  # "ccache g++" is two
+        except ValueError:
+            continue
+        program = shutil.which(words[0]) if words else None
+        if program and (os.path.realpath(program), *words[1:]) not in tried:
+            tried.add((os.path.realpath(program), *words[1:]))
+            yield [program, *words[1:]]
 
 
 def _built(source: Path, command: list[str]) -> ctypes.CDLL:
     key = hashlib.sha256(repr((source.read_bytes(), command, _machine())).encode()).hexdigest()[:16]
     name = f"{source.stem}-{key}.so"
-    with suppress(OSError, RuntimeError):  # RuntimeError: this user has no home
+    try:
         kept = cache_folder() / "kernels" / name
-        if kept.is_file():
+        if _is_whole(kept):
             return _loaded(kept)
+    except (BuildError, OSError, RuntimeError):
+        # It does not load, cannot be read, or this user has no home: built again, for this process.
+        kept = None
     _log.warning("building %s for this CPU: a few seconds, once", source.name)
     with tempfile.TemporaryDirectory() as scratch:
         built = Path(scratch) / name
         _compile([*command, str(source), "-o", str(built)])
         library = _loaded(built)
-        with suppress(OSError, RuntimeError):
-            _keep(built, cache_folder() / "kernels" / name)
+        with suppress(OSError):
+            if kept:
+                _keep(built, kept)
         return library
 
 
@@ -80,25 +94,50 @@ def _machine() -> str:
 
 def _compile(command: list[str]) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LONGEST)
+        compiler = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env={**os.environ, "LC_ALL": "C"},
+            start_new_session=True,
+        )
     except OSError as error:
         raise BuildError(f"{command[0]} does not run: {error.strerror}") from None
-    except subprocess.TimeoutExpired:
-        raise BuildError(f"{command[0]} did not end within {LONGEST:.0f} s") from None
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
-        raise BuildError(f"{command[0]} failed: {next((line for line in said if 'error' in line), said[0]).strip()}")
+    with compiler:
+        try:
+            said = compiler.communicate(timeout=LONGEST)[1]
+        except BaseException as error:
+            os.killpg(compiler.pid, signal.SIGKILL)  # the programs that it started too
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise BuildError(f"{command[0]} did not end within {LONGEST:.0f} s") from None
+            raise
+    if compiler.returncode:
+        lines = [line.strip() for line in said.splitlines() if line.strip()] or ["no reason given"]
+        told = (line for line in lines if any(word in line for word in ("error", "cannot find", "undefined")))
+        raise BuildError(f"{command[0]} failed: {next(told, lines[0])}")
+
+
+def _is_whole(kept: Path) -> bool:
+    if not kept.is_file():
+        return False
+    content = kept.read_bytes()
+    return hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]
 
 
 def _keep(built: Path, kept: Path) -> None:
-    """Copy a library into the cache, complete or not at all."""
+    """Copy a library into the cache, complete or not at all, with its digest behind it."""
     kept.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
+    number, unfinished = tempfile.mkstemp(dir=kept.parent, prefix=f".{kept.name}.", suffix=".tmp")
     try:
-        shutil.copy(built, unfinished)
-        unfinished.replace(kept)
+        content = built.read_bytes()
+        with open(number, "wb") as file:
+            file.write(content + hashlib.sha256(content).digest())
+        os.replace(unfinished, kept)
     finally:
-        unfinished.unlink(missing_ok=True)
+        Path(unfinished).unlink(missing_ok=True)
 
 
 def _loaded(path: Path) -> ctypes.CDLL:

@@ -1,7 +1,7 @@
 // One step of a stack of transformer blocks on a CPU, in one call; native.py builds this file and calls `step`.
 //
 // A step at small batch is bounded by reading the weights. Here they are read where they lie, once, in order, and ahead
-// of their use; each is multiplied with eight rows of the batch while it is in a register, and nothing else takes time.
+// of their use; each is multiplied with several rows of the batch (TILE) while it is in a register.
 // Weights are float32, bfloat16, or 8-bit numbers with a scale for each output; everything else is float32, but keys and
 // values, which are stored as bfloat16 beside bfloat16 weights.
 //
@@ -10,11 +10,12 @@
 //
 // Letters: B rows (sequences), C width, D head width, F feed-forward width, H query heads, G key heads, V entries.
 
-#if !defined(__GNUC__) || defined(__clang__)
+#if !defined(__GNUC__) || defined(__clang__) || defined(__INTEL_COMPILER) || defined(__NVCOMPILER)
 #error "needs GNU C++: the OpenMP of other compilers is a second one beside torch's, and some of those end the process"
 #endif
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <omp.h>
@@ -60,7 +61,7 @@ constexpr int LANES = 8, TILE = 4;
 constexpr int LANES = 4, TILE = 4;
 #endif
 constexpr int OUTPUTS = 3;  // of a tile of TILE rows: OUTPUTS * TILE sums and their factors fill the registers
-constexpr int BLOCK = 48;  // outputs whose weights stay in the second cache while all rows pass; a multiple of OUTPUTS
+constexpr int BLOCK = 48;  // outputs that all rows pass before the next: few enough for a cache; a multiple of OUTPUTS
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ints __attribute__((vector_size(LANES * 4)));
@@ -124,7 +125,7 @@ INLINE float total(vec v) {
 INLINE float total(vec v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 #endif
 
-// e^x up to 3e-7 of it; 0 below -87, and no more than e^88.
+// e^x up to 3e-7 of it; 0 below -87, and e^88 above 88.
 INLINE vec exponential(vec x) {
     const vec zero = {};
     vec inside = x < -87.f ? zero - 87.f : x > 88.f ? zero + 88.f : x;
@@ -148,9 +149,9 @@ void dots(const W *w, int C, const float *x, float found[][TILE]) {
     for (; c + LANES <= C; c += LANES) {
         vec weights[outputs];
         UNROLL for (int n = 0; n < outputs; n++) {
-            const W *here = w + (long)n * C + c;
+            const W *here = w + (ptrdiff_t)n * C + c;
             weights[n] = load(here);
-            __builtin_prefetch(here + (long)outputs * C);
+            __builtin_prefetch((const void *)((uintptr_t)here + (size_t)outputs * C * sizeof(W)));  // or past the end
         }
         UNROLL for (int b = 0; b < rows; b++) {
             vec in = load(x + b * C + c);
@@ -163,7 +164,7 @@ void dots(const W *w, int C, const float *x, float found[][TILE]) {
     UNROLL for (int n = 0; n < outputs; n++)
         UNROLL for (int b = 0; b < rows; b++) {
             float s = total(sum[n][b]);
-            for (int i = c; i < C; i++) s += widen(w[(long)n * C + i]) * x[b * C + i];
+            for (int i = c; i < C; i++) s += widen(w[(ptrdiff_t)n * C + i]) * x[b * C + i];
             found[n][b] = s;
         }
 }
@@ -190,7 +191,7 @@ struct Range {
 
 // This thread's share of `count`, in whole units.
 Range share(int count, int unit) {
-    long threads = omp_get_num_threads(), id = omp_get_thread_num();
+    ptrdiff_t threads = omp_get_num_threads(), id = omp_get_thread_num();
     int units = (count + unit - 1) / unit;
     int begin = units * id / threads * unit, end = units * (id + 1) / threads * unit;
     return {begin < count ? begin : count, end < count ? end : count};
@@ -208,15 +209,15 @@ void product(Into into, Matrix matrix, const float *bias, int C, const float *x,
             int rows = B - b < TILE ? B - b : TILE;
             for (int n = block, several; n < end; n += several) {
                 several = end - n < OUTPUTS ? 1 : OUTPUTS;
-                const W *w = (const W *)matrix.weights + (long)n * C;
-                const float *in = x + (long)b * C;
+                const W *w = (const W *)matrix.weights + (ptrdiff_t)n * C;
+                const float *in = x + (ptrdiff_t)b * C;
                 several == OUTPUTS ? dots<W, OUTPUTS>(rows, w, C, in, found) : dots<W, 1>(rows, w, C, in, found);
                 for (int i = 0; i < several; i++)
                     for (int r = 0; r < rows; r++) {
                         float value = found[i][r];
                         if (matrix.scales) value *= matrix.scales[n + i];
                         if (bias) value += bias[n + i];
-                        float *place = y + (long)(b + r) * N + n + i;
+                        float *place = y + (ptrdiff_t)(b + r) * N + n + i;
                         *place = into == ADD ? *place + value : value;
                     }
             }
@@ -238,7 +239,7 @@ void normalize(const float *x, const float *gain, int C, float eps, float *y) {
 }
 
 void normalize_rows(const float *x, const float *gain, int B, int C, float eps, float *y) {
-    for (int b = 0; b < B; b++) normalize(x + (long)b * C, gain, C, eps, y + (long)b * C);
+    for (int b = 0; b < B; b++) normalize(x + (ptrdiff_t)b * C, gain, C, eps, y + (ptrdiff_t)b * C);
 }
 
 // gate = silu(gate) * up
@@ -267,25 +268,25 @@ template <int vectors, class T>
 INLINE void weighted_sum(const T *from, int stride, const float *factors, int count, float scale, float *out, int apart) {
     vec sum[vectors] = {};
     for (int i = 0; i < count; i++)
-        UNROLL for (int j = 0; j < vectors; j++) sum[j] += factors[i] * load(from + (long)i * stride + j * (long)apart);
+        UNROLL for (int j = 0; j < vectors; j++) sum[j] += factors[i] * load(from + (ptrdiff_t)i * stride + j * (ptrdiff_t)apart);
     UNROLL for (int j = 0; j < vectors; j++) store(out + j * LANES, sum[j] * scale);
 }
 
 template <class T>
 INLINE void weighted_sums(const T *from, int stride, const float *factors, int count, float scale, float *out, int vectors, int apart) {
     int j = 0;
-    for (; j + 4 <= vectors; j += 4) weighted_sum<4>(from + (long)j * apart, stride, factors, count, scale, out + j * LANES, apart);
-    for (; j < vectors; j++) weighted_sum<1>(from + (long)j * apart, stride, factors, count, scale, out + j * LANES, apart);
+    for (; j + 4 <= vectors; j += 4) weighted_sum<4>(from + (ptrdiff_t)j * apart, stride, factors, count, scale, out + j * LANES, apart);
+    for (; j < vectors; j++) weighted_sum<1>(from + (ptrdiff_t)j * apart, stride, factors, count, scale, out + j * LANES, apart);
 }
 
 // One key head's queries q (queries, D) over its keys and values up to position p, into y (queries, D).
 //
 // keys: (length / LANES, D, LANES), so that a vector holds as many positions; values: (length, D); both padded to whole
-// vectors. scores: room for as many as positions, and D more.
+// vectors. scores: room for as many as positions and for D more, both padded so.
 template <class T>
 void attend(const float *q, int queries, int D, int p, const T *keys, const T *values, float *scores, float *y) {
     int vectors = p / LANES + 1, wide = whole_vectors(D);
-    float *mixed = scores + (long)vectors * LANES;
+    float *mixed = scores + (ptrdiff_t)vectors * LANES;
     for (; queries--; q += D, y += D) {
         weighted_sums(keys, LANES, q, D, 1 / std::sqrt((float)D), scores, vectors, D * LANES);
         for (int t = p + 1; t < vectors * LANES; t++) scores[t] = -INFINITY;
@@ -311,15 +312,15 @@ void attend(const float *q, int queries, int D, int p, const T *keys, const T *v
 template <class T>
 void mix(const Stack &s, const Block &block, int b, int g, int p, float *qkv, const float *table, float *scores, float *y) {
     const int D = s.D, group = s.H / s.G;
-    float *row = qkv + (long)b * (s.H + 2 * s.G) * D;
+    float *row = qkv + (ptrdiff_t)b * (s.H + 2 * s.G) * D;
     float *q = row + g * group * D, *k = row + (s.H + g) * D, *v = row + (s.H + s.G + g) * D;
-    T *keys = (T *)block.keys + ((long)b * s.G + g) * whole_vectors(s.length) * D;
-    T *values = (T *)block.values + ((long)b * s.G + g) * s.length * whole_vectors(D);
-    y += ((long)b * s.H + g * group) * D;
+    T *keys = (T *)block.keys + ((ptrdiff_t)b * s.G + g) * whole_vectors(s.length) * D;
+    T *values = (T *)block.values + ((ptrdiff_t)b * s.G + g) * s.length * whole_vectors(D);
+    y += ((ptrdiff_t)b * s.H + g * group) * D;
     if (block.k_norm) normalize(k, block.k_norm, D, s.eps, k);
     if (table) turn(k, table, D);
-    for (int d = 0; d < D; d++) narrow(k[d], keys + ((long)p / LANES * D + d) * LANES + p % LANES);
-    for (int d = 0; d < D; d++) narrow(v[d], values + (long)p * whole_vectors(D) + d);
+    for (int d = 0; d < D; d++) narrow(k[d], keys + ((ptrdiff_t)p / LANES * D + d) * LANES + p % LANES);
+    for (int d = 0; d < D; d++) narrow(v[d], values + (ptrdiff_t)p * whole_vectors(D) + d);
     if (p == 0) {  // it sees only itself, and there are no queries
         for (int h = 0; h < group; h++) memcpy(y + h * D, v, D * sizeof(float));
         return;
@@ -334,13 +335,13 @@ void mix(const Stack &s, const Block &block, int b, int g, int p, float *qkv, co
 template <class W, class T>
 void run(const Stack &s, int B, int p, float *x, const float *table, float *y, float *scratch) {
     const int C = s.C, F = s.F, heads = s.H * s.D, Q = (s.H + 2 * s.G) * s.D;
-    float *qkv = scratch, *mixed = qkv + (long)B * Q, *gate = mixed + (long)B * heads, *up = gate + (long)B * F;
-    float *own = up + (long)B * F;
+    float *qkv = scratch, *mixed = qkv + (ptrdiff_t)B * Q, *gate = mixed + (ptrdiff_t)B * heads, *up = gate + (ptrdiff_t)B * F;
+    float *own = up + (ptrdiff_t)B * F;
     const int scores_count = whole_vectors(s.length) + whole_vectors(s.D);
     #pragma omp parallel num_threads(s.threads)
     {
         // Norms are cheap: each thread has its own, rather than waiting for the others'.
-        float *normed = own + omp_get_thread_num() * ((long)B * C + scores_count), *scores = normed + (long)B * C;
+        float *normed = own + omp_get_thread_num() * ((ptrdiff_t)B * C + scores_count), *scores = normed + (ptrdiff_t)B * C;
         for (const Block *block = s.blocks; block < s.blocks + s.blocks_count; block++) {
             normalize_rows(x, block->attention_norm, B, C, s.eps, normed);
             int queries = p ? 0 : heads;
@@ -357,7 +358,7 @@ void run(const Stack &s, int B, int p, float *x, const float *table, float *y, f
             product<W>(SET, block->w1, nullptr, C, normed, B, gate, F, mine);
             product<W>(SET, block->w3, nullptr, C, normed, B, up, F, mine);
             for (int b = 0; b < B; b++) {
-                long first = (long)b * F + mine.begin;
+                ptrdiff_t first = (ptrdiff_t)b * F + mine.begin;
                 gated(gate + first, up + first, mine.end - mine.begin);
             }
             #pragma omp barrier
@@ -366,7 +367,7 @@ void run(const Stack &s, int B, int p, float *x, const float *table, float *y, f
         }
         if (!s.output.weights) {
             Range mine = share(B, 1);
-            normalize_rows(x + (long)mine.begin * C, s.norm, mine.end - mine.begin, C, s.eps, y + (long)mine.begin * C);
+            normalize_rows(x + (ptrdiff_t)mine.begin * C, s.norm, mine.end - mine.begin, C, s.eps, y + (ptrdiff_t)mine.begin * C);
         } else {
             if (s.norm) normalize_rows(x, s.norm, B, C, s.eps, normed);
             product<W>(SET, s.output, s.bias, C, s.norm ? normed : x, B, y, s.V, share(s.V, OUTPUTS));

@@ -1,8 +1,9 @@
 """The engine for CPUs with a GNU C++ compiler: a step of the trunk, or of the depth head, in one call of native.cpp.
 
-Weights are read where they lie, so there is no second copy of them and nothing to prepare; or, in the 8-bit engine,
-from matrices of one byte a weight. All activations are float32. A row's logits follow from it alone, bit for bit,
-whatever the batch size and the number of threads.
+Float32 and bfloat16 weights are read where they lie, so there is no second copy of them and nothing to prepare; the
+8-bit engine makes matrices of one byte a weight. Activations are float32; keys and values are bfloat16 beside such
+weights, else float32. A row's logits follow from it alone, bit for bit, whatever the batch size and the number of
+threads.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class _NativeWeights:
         shared = 2 * inner + 2 * config.kv_heads * config.head_width + 2 * config.ffn_width
         longest = max(config.num_positions, config.num_codebooks)
         own = rows * config.width + self._padded(longest) + self._padded(config.head_width)
-        self.scratch = torch.empty(rows * shared + threads * own, dtype=torch.float32)
+        self.scratch = torch.empty(rows * shared + threads * own, dtype=torch.float32, device="cpu")
         self.turns = gpt.rope.table  # (1 + L, D/2, 2) float32
 
     def _stack(self, blocks: nn.ModuleList | tuple[()], length: int, sizes: dict[str, float]) -> _Stack:
@@ -107,8 +108,8 @@ class _NativeWeights:
         attention, ffn = block.attention, block.feed_forward
         heads, width = attention.kv_heads, attention.wqkv.weight.shape[0] // (attention.heads + 2 * attention.kv_heads)
         dtype = torch.bfloat16 if self._dtype == torch.bfloat16 else torch.float32
-        keys = torch.zeros(self._rows, heads, self._padded(length), width, dtype=dtype)
-        values = torch.zeros(self._rows, heads, length, self._padded(width), dtype=dtype)
+        keys = torch.zeros(self._rows, heads, self._padded(length), width, dtype=dtype, device="cpu")
+        values = torch.zeros(self._rows, heads, length, self._padded(width), dtype=dtype, device="cpu")
         return _Block(
             wqkv=self._matrix(attention.wqkv.weight),
             wo=self._matrix(attention.wo.weight),
@@ -161,7 +162,7 @@ class NativeEngine(SteppedEngine):
         if isinstance(self.library, BuildError):
             raise ValueError(f"--engine {self.name} is not there: {self.library}; use --engine packed")
         dtype, threads = self.stored(gpt.norm.weight.dtype), torch.get_num_threads()
-        key = (run.rows, dtype, threads, id(self.library))
+        key = (run.rows, dtype, threads, self.library.lanes())
         self.weights = kept.get("native", key, lambda: _NativeWeights(self.library, gpt, dtype, run.rows, threads))
 
     def trunk(self, x: Tensor, p: int) -> Tensor:
@@ -172,10 +173,10 @@ class NativeEngine(SteppedEngine):
 
     def _step(self, stack: _Stack, x: Tensor, p: int, turn: int | None, width: int) -> Tensor:
         """x (rows, C) → (rows, width) float32."""
-        if not 0 <= p < stack.length:
-            raise IndexError(f"there is no position {p} of {stack.length}")
+        if not 0 <= p < stack.length or len(x) > self.run.rows:
+            raise IndexError(f"there is no position {p} of {stack.length}, or no row {len(x)} of {self.run.rows}")
         x = x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # it is overwritten
-        y = torch.empty(len(x), width, dtype=torch.float32)
+        y = torch.empty(len(x), width, dtype=torch.float32, device="cpu")
         self.library.step(stack, len(x), p, x.data_ptr(), turn, y.data_ptr(), self.weights.scratch.data_ptr())
         return y
 
