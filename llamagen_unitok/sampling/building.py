@@ -21,9 +21,7 @@ from llamagen_unitok.cache import cache_folder
 COMPILERS = ("g++", "c++")  # after $CXX
 FLAGS = ("-std=c++17", "-O2", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared")
 LONGEST = 120.0  # seconds that a compiler may take
-DIGEST = (
-    32  # bytes of a kept file after the library's own: their SHA-256, since loading half a library ends the process
-)
+DIGEST = 32  # bytes behind a kept library: its SHA-256, since loading half a library would end the process
 
 _log = logging.getLogger(__name__)
 
