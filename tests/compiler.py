@@ -14,5 +14,7 @@ def _is_there() -> bool:
     return "Free Software Foundation" in said
 
 
-needs_compiler = pytest.mark.skipif(not _is_there(), reason="there is no GNU C++ compiler")
+IS_THERE = _is_there()
+AUTO_ON_CPU = "native" if IS_THERE else "packed"
+needs_compiler = pytest.mark.skipif(not IS_THERE, reason="there is no GNU C++ compiler")
 NATIVE = pytest.param("native", marks=needs_compiler)

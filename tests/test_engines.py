@@ -24,7 +24,7 @@ from llamagen_unitok.sampling.kept import Kept, kept_for
 from llamagen_unitok.sampling.packed import PackedEngine
 from llamagen_unitok.sampling.seeds import picture_uniforms
 from llamagen_unitok.sampling.steps import Run
-from tests.compiler import NATIVE
+from tests.compiler import AUTO_ON_CPU, NATIVE
 from tests.tiny_generator import GROUPED, SINGLE, random_batch, tiny_gpt
 
 VARIANTS = pytest.mark.parametrize("changes", [{}, SINGLE, GROUPED], ids=["K=3", "K=1", "grouped"])
@@ -47,7 +47,8 @@ FILTERS = [
 
 
 def test_every_engine_is_tested_here():
-    assert set(ENGINES) == {"eager", "packed", "native", "int8", "graph", "compiled"}  # int8, cpu: test_native.py
+    assert set(ENGINES) == {"eager", "packed", "native", "int8", "graph", "compiled"}  # int8: test_native.py
+    assert engine_class("auto", "cpu") is ENGINES[AUTO_ON_CPU]
     assert engine_class("auto", "cuda") is ENGINES["graph"]
     assert engine_class("auto", "mps") is ENGINES["eager"]
 

@@ -16,7 +16,7 @@ from llamagen_unitok.evaluation import figures, images, samples
 from llamagen_unitok.evaluation import sweep as sweep_library
 from llamagen_unitok.evaluation.sweep import GOLDEN, by_scale, golden_section, grid
 from llamagen_unitok.evaluation.sweep_plots import pareto_front
-from llamagen_unitok.sampling import engine_name
+from tests.compiler import AUTO_ON_CPU
 from tests.conftest import NAMES
 from tests.tiny_extractor import NamelessExtractor, TinyExtractor, pictures
 
@@ -314,8 +314,7 @@ def test_rows_name_engine_decoder_and_batch_size_and_a_proposal_stays_that_of_th
     code, out, err = run(*flags, "--cfg", "1.0,1.5")
     assert code == 0, err
     assert "1 settings measured now, 2 in the table" in out
-    measured = (4, engine_name("auto", "cpu"), "fast")
-    assert [(row["batch_size"], row["engine"], row["decoder"]) for row in rows()] == [measured] * 2
+    assert [(row["batch_size"], row["engine"], row["decoder"]) for row in rows()] == [(4, AUTO_ON_CPU, "fast")] * 2
     assert run(*flags, "--cfg", "1.0", "--engine", "eager")[0] == 0
     assert rows()[-1]["engine"] == "eager"
     code, _, err = run("--batch-size", "some")
