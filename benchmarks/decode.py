@@ -184,10 +184,10 @@ def check_agreement(gpt: GPT, engines: list[str], settings: Settings) -> None:
         off = ((first - other).abs().max() / first.abs().max()).item()
         if not off <= max(AGREEMENT[dtype], ROUNDED.get(name, 0), ROUNDED.get(reference, 0)):
             raise ValueError(f"{name} and {reference} disagree by {off:.1e} of the largest logit")
-    exact = {name: codes for name, codes in drawn.items() if name not in ROUNDED}
-    for name, other in exact.items():
-        if dtype == torch.float32 and not torch.equal(other, next(iter(exact.values()))):
-            raise ValueError(f"{name} and {reference} draw different codes from the same noise")
+    exact = [name for name in drawn if name not in ROUNDED]
+    for name in exact[1:]:
+        if dtype == torch.float32 and not torch.equal(drawn[name], drawn[exact[0]]):
+            raise ValueError(f"{name} and {exact[0]} draw different codes from the same noise")
 
 
 def positions_of(settings: Settings, config: GPTConfig) -> list[int]:

@@ -1,6 +1,7 @@
 """8-bit storage: matrices as int8 rows with one float32 scale each, everything else in half precision.
 
-For small models that ship with a repository. It is a way of lying on disk only: models compute in floating point.
+For small models that ship with a repository. As stored, it is a way of lying on disk only: a model that is loaded
+computes in floating point.
 """
 
 from __future__ import annotations
@@ -12,6 +13,15 @@ ROWS, SCALES = ":int8", ":scale"  # endings of the two tensors that stand for on
 LARGEST = 127
 
 
+def round_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A floating tensor (N, …) → int8 of its shape and scales (N,) float32, whose product is it but for half a step."""
+    rows = matrix.float().flatten(1)
+    # A row of zeros needs a scale too.
+    scales = (rows.abs().amax(dim=1) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+    steps = (rows / scales[:, None]).round().clamp(-LARGEST, LARGEST)
+    return steps.to(torch.int8).view(matrix.shape), scales
+
+
 def pack(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Floating tensors of two or more axes → NAME:int8 and NAME:scale (one per index of the first axis)."""
     packed: dict[str, Tensor] = {}
@@ -21,12 +31,7 @@ def pack(state: dict[str, Tensor]) -> dict[str, Tensor]:
         elif tensor.ndim < 2:
             packed[name] = tensor.half()
         else:
-            rows = tensor.float().flatten(1)
-            # A row of zeros needs a scale too.
-            scales = (rows.abs().amax(dim=1) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
-            steps = (rows / scales[:, None]).round().clamp(-LARGEST, LARGEST)
-            packed[name + ROWS] = steps.to(torch.int8).view(tensor.shape)
-            packed[name + SCALES] = scales
+            packed[name + ROWS], packed[name + SCALES] = round_rows(tensor)
     return packed
 
 

@@ -21,10 +21,10 @@ from llamagen_unitok.layers import Block
 from llamagen_unitok.sampling.building import BuildError, load_library
 from llamagen_unitok.sampling.kept import Kept
 from llamagen_unitok.sampling.steps import Run, SteppedEngine
+from modelfolder.compact import round_rows
 
 SOURCE = Path(__file__).with_name("native.cpp")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of stored weights
-LEVELS = 127  # of 8-bit weights, on each side of zero
 
 
 class _Matrix(Structure):
@@ -101,12 +101,11 @@ class _NativeWeights:
         self.turns = gpt.rope.table  # (1 + L, D/2, 2) float32
 
     def _stack(self, blocks: nn.ModuleList | tuple[()], length: int, sizes: dict[str, float]) -> _Stack:
-        array = (_Block * len(blocks))(*(self._block(block, length) for block in blocks))
+        array = (_Block * len(blocks))(*(self._block(block, length, sizes["G"], sizes["D"]) for block in blocks))
         return _Stack(blocks_count=len(blocks), length=length, blocks=array, **sizes)
 
-    def _block(self, block: Block, length: int) -> _Block:
+    def _block(self, block: Block, length: int, heads: int, width: int) -> _Block:
         attention, ffn = block.attention, block.feed_forward
-        heads, width = attention.kv_heads, attention.wqkv.weight.shape[0] // (attention.heads + 2 * attention.kv_heads)
         dtype = torch.bfloat16 if self._dtype == torch.bfloat16 else torch.float32
         keys = torch.zeros(self._rows, heads, self._padded(length), width, dtype=dtype, device="cpu")
         values = torch.zeros(self._rows, heads, length, self._padded(width), dtype=dtype, device="cpu")
@@ -128,9 +127,8 @@ class _NativeWeights:
         """A matrix as it is stored for this engine: the generator's own memory where it can be read as it is."""
         if self._dtype != torch.int8:
             return _Matrix(self._hold(weight.to(self._dtype)), None)
-        weight = weight.float()
-        scales = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny * LEVELS) / LEVELS
-        return _Matrix(self._hold((weight / scales[:, None]).round().to(torch.int8)), self._hold(scales))
+        rounded, scales = round_rows(weight)
+        return _Matrix(self._hold(rounded), self._hold(scales))
 
     def _floats(self, tensor: Tensor | None) -> int | None:
         return None if tensor is None else self._hold(tensor.float())
